@@ -1,0 +1,225 @@
+"""
+`LMOptArguments`: the training arguments of this plugin, beside those of transformers.
+
+The fields and their checks, nothing else. Every field is a command-line flag through `HfArgumentParser` and a key in
+its YAML and JSON files. A combination that cannot work raises here, before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from transformers import TrainingArguments
+
+from .accumulation import LOSS_REDUCTIONS
+from .clipping import CLIP_STRATEGIES, check_clip_kwargs
+from .optim.registry import DECAY_FORMS, choose_optimizer
+from .param_groups import check_param_group_options
+
+
+NONFINITE_POLICIES = ("skip_step", "raise")
+# Options that shape the parameter groups, by the names build_param_groups gives them.
+PARAM_GROUP_FIELDS = (
+    "layer_lr_decay",
+    "head_lr_multiplier",
+    "lr_multipliers",
+    "lora_plus_ratio",
+    "decay_embeddings",
+)
+
+
+@dataclass
+class LMOptArgumentsMixin:
+    """
+    The fields alone, to be put in front of another arguments class, with `@dataclass` on the result:
+
+    ```python
+    @dataclass
+    class MyArguments(LMOptArgumentsMixin, SFTConfig): ...
+    ```
+
+    Args:
+        optimizer (`str`, *optional*):
+            Name of an optimizer of this package (`hf_lmopt.optim.OPTIMIZERS`). `None` leaves transformers' `optim` in
+            charge.
+        optimizer_kwargs (`dict` or `str`, *optional*):
+            Further arguments of `optimizer`. On the command line JSON or `key=value,key=value`.
+        decay_form (`str`, *optional*, defaults to `"decoupled"`):
+            `"decoupled"` shrinks the weights beside the step, `"l2"` adds the penalty to the gradient. The second
+            needs `optimizer`.
+        layer_lr_decay (`float`, *optional*, defaults to `1.0`):
+            Factor in (0, 1] on the learning rate per layer towards the input: head and final norm x1, last block x d,
+            ..., embeddings deepest. A weight tied to the embedding takes the embedding's rate.
+        head_lr_multiplier (`float`, *optional*, defaults to `1.0`):
+            Factor on the learning rate of the head: what lies outside the pretrained body.
+        lr_multipliers (`dict` or `str`, *optional*):
+            Ordered `{pattern: factor}`; the first pattern that `re.search` finds in a parameter's name wins. A
+            pattern that wins nowhere raises.
+        lora_plus_ratio (`float`, *optional*, defaults to `1.0`):
+            Factor on the learning rate of LoRA's B matrices (LoRA+, Hayou et al. 2024,
+            https://arxiv.org/abs/2402.12354).
+        decay_embeddings (`bool`, *optional*, defaults to `True`):
+            Whether embeddings have weight decay. Norms, biases and other vectors never do.
+        clip_strategy (`str`, *optional*, defaults to `"global_norm"`):
+            How the gradient is clipped; `max_grad_norm` is the threshold and 0 only measures.
+        clip_kwargs (`dict` or `str`, *optional*):
+            Further options of the strategy; `norm_type` for `"global_norm"`.
+        nonfinite_gradients (`str`, *optional*, defaults to `"skip_step"`):
+            What to do with a gradient that has an inf or a NaN: `"skip_step"` with a warning, or `"raise"`. A skipped
+            step advances `global_step` but not the scheduler. An overflow under fp16 scaling never raises.
+        loss_reduction (`str`, *optional*):
+            What the mean loss of an accumulation window is over: `"examples"`, `"tokens"` (labels other than -100) or
+            `"shifted_tokens"` (without each row's first label). By default the kind of labels decides, and the model
+            is asked once whether it shifts them.
+
+    Raises:
+        ValueError: for a value or a combination that cannot work; the message says what to do.
+    """
+
+    optimizer: str | None = field(
+        default=None, metadata={"help": "Optimizer of this package by name; None leaves `optim` in charge."}
+    )
+    optimizer_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Further arguments of `optimizer`: JSON, or key=value,key=value."}
+    )
+    decay_form: Literal["decoupled", "l2"] = field(
+        default="decoupled", metadata={"help": "Weight decay beside the step, or as an L2 penalty in the gradient."}
+    )
+    layer_lr_decay: float = field(
+        default=1.0,
+        metadata={"help": "Learning-rate factor in (0, 1] per layer towards the input; 1 gives all layers one rate."},
+    )
+    head_lr_multiplier: float = field(
+        default=1.0, metadata={"help": "Learning-rate factor of the head, on top of everything else."}
+    )
+    lr_multipliers: dict | str | None = field(
+        default=None,
+        metadata={"help": "Ordered name patterns and their learning-rate factors, as JSON: '{\"regex\": factor}'."},
+    )
+    lora_plus_ratio: float = field(
+        default=1.0, metadata={"help": "Learning-rate factor of LoRA's B matrices (LoRA+); 16 is the paper's advice."}
+    )
+    decay_embeddings: bool = field(default=True, metadata={"help": "Whether embeddings have weight decay."})
+    clip_strategy: str = field(
+        default="global_norm",
+        metadata={"help": f"How gradients are clipped: {', '.join(CLIP_STRATEGIES)}. Threshold: max_grad_norm."},
+    )
+    clip_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Further options of the clipping strategy: JSON, or key=value,key=value."}
+    )
+    nonfinite_gradients: Literal["skip_step", "raise"] = field(
+        default="skip_step", metadata={"help": "What to do when a gradient holds an inf or a NaN."}
+    )
+    loss_reduction: Literal["examples", "tokens", "shifted_tokens"] | None = field(
+        default=None,
+        metadata={"help": "What the mean loss of an accumulation window is over; None asks the labels and the model."},
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("optimizer_kwargs", "lr_multipliers", "clip_kwargs"):
+            setattr(self, name, parse_mapping(name, getattr(self, name)))
+        _check_choice("decay_form", self.decay_form, DECAY_FORMS)
+        _check_choice("clip_strategy", self.clip_strategy, tuple(CLIP_STRATEGIES))
+        _check_choice("nonfinite_gradients", self.nonfinite_gradients, NONFINITE_POLICIES)
+        if self.loss_reduction is not None:
+            _check_choice("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
+        check_clip_kwargs(self.clip_strategy, parse_mapping("clip_kwargs", self.clip_kwargs))
+        super().__post_init__()  # type: ignore[misc]
+        _check_optimizer(self)
+        _check_trainer_arguments(self)
+        check_param_group_options(**self.param_group_options())
+
+    def param_group_options(self) -> dict[str, Any]:
+        """The options of [`build_param_groups`], without `lr` and `weight_decay`."""
+        return {name: getattr(self, name) for name in PARAM_GROUP_FIELDS}
+
+    def changed_param_group_options(self) -> list[str]:
+        """Names of the options that would change the parameter groups of a stock Trainer."""
+        defaults = {item.name: item.default for item in fields(LMOptArgumentsMixin)}
+        return [name for name in PARAM_GROUP_FIELDS if getattr(self, name) not in (defaults[name], {})]
+
+
+@dataclass
+class LMOptArguments(LMOptArgumentsMixin, TrainingArguments):
+    """[`~transformers.TrainingArguments`] with the fields of [`LMOptArgumentsMixin`]."""
+
+
+def _check_optimizer(args: Any) -> None:
+    """One optimizer, and no option without the optimizer that would read it."""
+    if args.optimizer is not None:
+        choose_optimizer(args.optimizer, args.optimizer_kwargs, args.decay_form)
+        if args.optim != type(args).__dataclass_fields__["optim"].default:
+            raise ValueError(
+                f"optimizer={args.optimizer!r} and optim={str(args.optim)!r} both name an optimizer. Only one can "
+                "step: leave one of them out."
+            )
+    elif args.optimizer_kwargs:
+        raise ValueError(
+            f"optimizer_kwargs={args.optimizer_kwargs} was given without an optimizer. It belongs to one of this "
+            "package: set optimizer, or use optim_args for transformers' own."
+        )
+    elif args.decay_form != "decoupled":
+        raise ValueError(
+            f"decay_form={args.decay_form!r} was given without an optimizer, and transformers' optim decides its own "
+            "form of decay. Set optimizer='adamw' or 'sgd'."
+        )
+
+
+def _check_trainer_arguments(args: Any) -> None:
+    """Arguments of transformers that contradict what this package promises."""
+    if not args.average_tokens_across_devices:
+        raise ValueError(
+            "average_tokens_across_devices=False asks for a mean per process, but the gradient here is that of the "
+            "mean over all processes. Leave it at True, or use the stock Trainer."
+        )
+    if args.max_grad_norm is None or not args.max_grad_norm >= 0:
+        raise ValueError(
+            f"max_grad_norm={args.max_grad_norm} is no threshold. It must be 0 (measure only) or more: set it to 1.0, "
+            "or to 0."
+        )
+    if args.deepspeed is not None:
+        raise ValueError(
+            "deepspeed was given, but DeepSpeed scales and clips gradients inside its engine, out of reach of this "
+            "package. Use DDP or FSDP2, or the stock Trainer."
+        )
+
+
+def parse_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """
+    Reads a mapping as the command line gives it: JSON, or `key=value,key=value` with JSON values.
+
+    Raises:
+        ValueError: if the text is neither.
+    """
+    if value is None or isinstance(value, dict):
+        return value
+    try:
+        if value.lstrip().startswith("{"):
+            return json.loads(value)
+        pairs = (item.rpartition("=") for item in value.split(","))
+        return {key.strip(): _parse_value(text.strip()) for key, equals, text in pairs if _is_pair(key, equals)}
+    except ValueError as error:
+        raise ValueError(
+            f"{name}={value!r} cannot be read ({error}). It takes a dictionary: JSON such as '{{\"key\": 0.5}}', or "
+            "key=0.5,other=true."
+        ) from None
+
+
+def _is_pair(key: str, equals: str) -> bool:
+    if not (equals and key.strip()):
+        raise ValueError("a part has no key=value form")
+    return True
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not known. It must be one of {list(allowed)}: choose one of them.")
