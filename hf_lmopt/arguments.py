@@ -120,6 +120,8 @@ class LMOptArgumentsMixin:
     def __post_init__(self) -> None:
         for name in ("optimizer_kwargs", "lr_multipliers", "clip_kwargs"):
             setattr(self, name, parse_mapping(name, getattr(self, name)))
+        for name in ("layer_lr_decay", "head_lr_multiplier", "lora_plus_ratio"):
+            setattr(self, name, float(getattr(self, name)))
         _check_choice("decay_form", self.decay_form, DECAY_FORMS)
         _check_choice("clip_strategy", self.clip_strategy, tuple(CLIP_STRATEGIES))
         _check_choice("nonfinite_gradients", self.nonfinite_gradients, NONFINITE_POLICIES)
@@ -193,8 +195,10 @@ def parse_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, An
     Raises:
         ValueError: if the text is neither.
     """
-    if value is None or isinstance(value, dict):
-        return value
+    if value is None:
+        return None
+    if isinstance(value, dict):
+        return {key: _parse_value(item) if isinstance(item, str) else item for key, item in value.items()}
     try:
         if value.lstrip().startswith("{"):
             return json.loads(value)
@@ -214,6 +218,7 @@ def _is_pair(key: str, equals: str) -> bool:
 
 
 def _parse_value(text: str) -> Any:
+    """A JSON value, or the text itself; YAML leaves numbers such as 1e-6 as text."""
     try:
         return json.loads(text)
     except ValueError:

@@ -27,8 +27,8 @@ EMBEDDINGS = "embeddings"
 # Registration order tells input from output in most models. These words overrule it where it misleads: OPT registers
 # its final norm and `project_out` before the layers, BART its `layernorm_embedding` after them. They are looked for
 # in one segment of a path at a time, output first (GPT-NeoX calls its head `embed_out`).
-OUTPUT_WORDS = re.compile(r"final|ln_f|head|classif|pooler|score|logit|predict|summary|(project|embed)_out")
-INPUT_WORDS = re.compile(r"embed|emb$|wte|wpe|patch|(^|_)stem|project_in|feature")
+OUTPUT_WORDS = re.compile(r"final|ln_f|head|classif|pooler|score|logit|predict|summary|unembed|(project|embed)_out")
+INPUT_WORDS = re.compile(r"embed|emb$|wte|wpe|(^|_)pos(_|ition)|patch|(^|_)stem|project_in|feature")
 
 NORM_NAME = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)
 
@@ -128,7 +128,7 @@ def _outermost_stacks(module: nn.Module, path: Path) -> Iterable[_Stack]:
 def _blocks(container: nn.Module) -> dict[Path, nn.Module]:
     """The repeated blocks of a container by relative path, from the input on; empty if it is no stack."""
     children: dict[Path, nn.Module] = {
-        (name,): child for name, child in container._modules.items() if child and _has_parameters(child)
+        (name,): child for name, child in container._modules.items() if child is not None and _has_parameters(child)
     }
     if isinstance(container, nn.ModuleList):
         if not all(_is_composite(child) for child in children.values()):
@@ -197,7 +197,8 @@ def _place_on_input(path: Path, model: nn.Module, stacks: list[_Stack], start: i
     depth = max(len(_common(path, stack.path)) for stack in stacks)
     nearest = [stack for stack in stacks if len(_common(path, stack.path)) == depth]
     side = EMBEDDINGS if is_embedding_parameter(model, ".".join(path)) else _side_by_name(path[depth:])
-    if side == HEAD:
+    beside_stack = any(len(stack.path) == depth + 1 for stack in nearest)
+    if side == HEAD or (beside_stack and path[depth] == "norm"):  # T5Gemma registers its final norm before the layers
         return None
     fed = nearest if side else [stack for stack in nearest if _is_before(path, stack, depth, model)]
     if not fed:
@@ -207,10 +208,10 @@ def _place_on_input(path: Path, model: nn.Module, stacks: list[_Stack], start: i
 
 
 def _output_layer(path: Path, model: nn.Module, stacks: list[_Stack], top: Path) -> str:
-    """Head, or final if it shares a child of `top` with a stack (Llama's `model.norm`) or is a norm right in `top`."""
+    """Final in a child of `top` that has a stack (Llama's `model.norm`) and for a norm beside a stack, else head."""
     in_body = any(len(_common(path, stack.path)) > len(top) for stack in stacks)
-    own_norm = len(path) == len(top) + 2 and is_norm_parameter(model, ".".join(path))
-    return FINAL if in_body or own_norm else HEAD
+    beside_stack = len(path) == len(top) + 2 and any(len(stack.path) <= len(top) + 1 for stack in stacks)
+    return FINAL if in_body or (beside_stack and is_norm_parameter(model, ".".join(path))) else HEAD
 
 
 def _side_by_name(path: Path) -> str | None:

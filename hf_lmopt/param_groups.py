@@ -200,11 +200,13 @@ def _check_effect(rates: _Rates, depths: Mapping[str, LayerDepth], trainable: li
             f"lora_plus_ratio={rates.lora_plus_ratio} was given, but no trainable parameter is a LoRA B matrix "
             "(lora_B, lora_embedding_B). Leave it at 1, or wrap the model with peft.get_peft_model first."
         )
-    for pattern in set(rates.lr_multipliers) - {rates.pattern_of(name) for name in trainable}:
-        _raise_for_idle_pattern(pattern, rates, depths, trainable)
+    winners = {rates.pattern_of(name) for name in trainable}
+    for pattern in rates.lr_multipliers:
+        if pattern not in winners:
+            raise ValueError(_explain_idle_pattern(pattern, rates, depths, trainable))
 
 
-def _raise_for_idle_pattern(pattern: str, rates: _Rates, names: Iterable[str], trainable: list[str]) -> None:
+def _explain_idle_pattern(pattern: str, rates: _Rates, names: Iterable[str], trainable: list[str]) -> str:
     matched = [name for name in names if re.search(pattern, name)]
     taken = [name for name in matched if name in trainable]
     if taken:
@@ -216,7 +218,7 @@ def _raise_for_idle_pattern(pattern: str, rates: _Rates, names: Iterable[str], t
     else:
         reason = "it matches no parameter"
         advice = "Compare it with model.named_parameters(), where a tied weight has its first name only"
-    raise ValueError(
+    return (
         f"lr_multipliers has {pattern!r}, which changes nothing: {reason}. Each pattern must be the first to match "
         f"some trainable parameter. {advice}."
     )

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_optimizer import is_optimizer_factory
-from transformers.utils import find_labels, logging
+from transformers.utils import find_labels
 
 from .accumulation import AccumulationWindow, choose_loss_reduction, count_loss_items, loss_drops_first_label
 from .arguments import LMOptArgumentsMixin
@@ -34,7 +35,7 @@ from .optim.state_mapping import fast_forward_scheduler_, has_names, has_same_gr
 from .param_groups import build_param_groups, describe_param_groups
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # Keys by which transformers' own handlers bring groups of their own (GaLore, LOMO, layer-wise dummies).
 FOREIGN_GROUP_KEYS = frozenset({"params", "model", "optimizer_dict"})

@@ -23,7 +23,7 @@ from hf_lmopt import LMOptArguments, LMOptTrainer
 
 
 sys.path.insert(0, str(Path(__file__).parent))
-from tiny_models import TINY_MODELS, VOCAB_SIZE  # noqa: E402
+from tiny_models import TINY_MODELS, VOCAB_SIZE
 
 
 NUM_EXAMPLES, LENGTH = 8, 6

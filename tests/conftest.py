@@ -12,7 +12,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
-import hf_lmopt  # noqa: E402, F401
+import hf_lmopt  # noqa: F401
 
 
 # Every Trainer starts with a full garbage collection, which would walk through all imported modules each time.

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from accumulation_cases import CASES, Case, gradient_by_hand, train_window
-from tiny_models import TINY_MODELS, tiny_bert_classifier
+from accumulation_cases import CASES, gradient_by_hand, train_window
+from tiny_models import TINY_MODELS
 from transformers import Seq2SeqTrainer, Trainer
 
 from hf_lmopt import LMOptMixin, LMOptTrainer

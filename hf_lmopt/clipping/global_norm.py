@@ -86,8 +86,10 @@ def _scale_(gradients: Sequence[torch.Tensor], coefficient: float) -> None:
 
 
 def _group_by_mesh(gradients: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Foreach calls span devices but not DTensor meshes."""
+    """Foreach calls span devices but not DTensor meshes, and know no infinity norm of an empty tensor."""
     groups: dict[Any, list[torch.Tensor]] = defaultdict(list)
     for gradient in gradients:
+        if gradient.numel() == 0:
+            continue
         groups[getattr(gradient, "device_mesh", None)].append(gradient)
     return list(groups.values())

@@ -53,7 +53,6 @@ def optimizer_factory(
     Raises:
         ValueError: for an unknown name or option, here; for groups that do not fit the model, when it is known.
     """
-    optimizer_class: Callable[..., torch.optim.Optimizer]
     optimizer_class, kwargs = choose_optimizer(name, optimizer_kwargs, decay_form)
     check_param_group_options(**param_group_options)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -27,7 +27,7 @@ class OptimizerSpec:
             What the user writes.
         summary (`str`):
             One line on what it is, with its paper.
-        classes (`Mapping[str, type]`):
+        classes (`Mapping[str, Callable]`):
             The class for each form of weight decay it has: `"decoupled"` (p <- p - lr * decay * p, beside the step)
             and `"l2"` (decay * p is added to the gradient).
         is_adam_like (`bool`, *optional*, defaults to `False`):
@@ -36,7 +36,7 @@ class OptimizerSpec:
 
     name: str
     summary: str
-    classes: Mapping[str, type[torch.optim.Optimizer]]
+    classes: Mapping[str, Callable[..., torch.optim.Optimizer]]
     is_adam_like: bool = False
 
 
@@ -61,7 +61,7 @@ def choose_optimizer(
     optimizer_kwargs: Mapping[str, Any] | None = None,
     decay_form: str = "decoupled",
     adam_kwargs: Mapping[str, Any] | None = None,
-) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+) -> tuple[Callable[..., torch.optim.Optimizer], dict[str, Any]]:
     """
     Looks an optimizer up and checks its options.
 

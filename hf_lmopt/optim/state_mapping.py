@@ -111,12 +111,22 @@ def fast_forward_scheduler_(scheduler: LRScheduler, saved: StateDict) -> None:
             The new scheduler, not yet stepped.
         saved (`Mapping`):
             `scheduler.state_dict()` from the checkpoint.
+
+    Raises:
+        ValueError: for a scheduler without base learning rates, such as `ReduceLROnPlateau`.
     """
+    if not hasattr(scheduler, "base_lrs") or "base_lrs" not in saved:
+        raise ValueError(
+            f"{type(scheduler).__name__} keeps no base learning rates, so it cannot be resumed with other parameter "
+            "groups. Resume with the groups of the checkpoint, or with a schedule that is a function of the step."
+        )
     base_lrs = list(scheduler.base_lrs)
     if isinstance(scheduler, LambdaLR):
         scheduler.last_epoch = saved["last_epoch"]
         scheduler._step_count = saved.get("_step_count", saved["last_epoch"] + 1)
-        lrs = scheduler.get_lr()
+        lrs = [
+            lr * schedule(scheduler.last_epoch) for lr, schedule in zip(base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
     else:
         lrs = [lr * saved["_last_lr"][0] / saved["base_lrs"][0] for lr in base_lrs]
         scheduler.load_state_dict(dict(saved))
