@@ -285,6 +285,28 @@ def test_a_norm_called_norm_is_final_even_if_registered_before_the_stack():
     assert depth_of(model, "norm.") == LayerDepth("final", 0)
 
 
+def test_a_norm_apart_from_the_stack_goes_by_its_order():
+    model = nn.ModuleDict({"norm": nn.LayerNorm(HIDDEN_SIZE), "encoder": TinyPlainModel()})
+    assert depth_of(model, "norm.") == LayerDepth("embeddings", 4)
+
+
+def test_embedding_tables_in_a_list_beside_the_stack_are_embeddings():
+    model = TinyPlainModel()
+    model.tables = nn.ModuleList([nn.Embedding(8, HIDDEN_SIZE) for _ in range(3)])
+    assert depth_of(model, "tables.") == LayerDepth("embeddings", 4)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [nn.ModuleList([TinyBlock(), nn.Linear(8, 8)]), nn.Sequential(TinyBlock(), nn.ReLU(), nn.Linear(8, 8))],
+    ids=["list with a plain layer", "sequential with one block"],
+)
+def test_a_list_that_does_not_repeat_blocks_is_no_stack(extra):
+    model = TinyPlainModel()
+    model.extra = extra
+    assert depth_of(model, "extra.") == LayerDepth("head", 0)
+
+
 def test_own_parameters_of_a_body_are_on_the_input_side():
     model = TinyPlainModel()
     model.cls_token = nn.Parameter(torch.zeros(1, 1, HIDDEN_SIZE))

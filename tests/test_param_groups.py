@@ -154,6 +154,12 @@ def test_embeddings_are_decayed_unless_asked_otherwise():
     assert extra == {"transformer.wte.weight", "transformer.wpe.weight"}
 
 
+def test_a_norm_over_two_dimensions_is_not_decayed():
+    model = TinyPlainModel()
+    model.norm = nn.LayerNorm((2, HIDDEN_SIZE))
+    assert "norm.weight" in undecayed(model)
+
+
 def test_a_marked_parameter_and_one_row_of_three_dimensions_are_not_decayed_but_a_row_matrix_is():
     model = TinyPlainModel()
     model.widen.weight._no_weight_decay = True

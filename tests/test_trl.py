@@ -51,7 +51,6 @@ def gradient(tmp_path: Path, batch_size: int, accumulation_steps: int) -> tuple[
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
-        activation_checkpointing=False,
     )
     model = tiny_llama().float()
     trainer = SFTTrainer(
