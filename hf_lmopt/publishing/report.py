@@ -1,0 +1,101 @@
+"""
+Draws the course of a training run from the Trainer's `log_history`.
+
+Needs matplotlib, which the extra `recipes` brings; nothing else in the package does.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+Series = tuple[list[int], list[float]]
+
+
+def plot_training_curves(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
+    """
+    Writes one PNG with three panels: loss, learning rate by layer, gradient norm before and after the clip.
+
+    Args:
+        log_history (`Sequence[Mapping[str, Any]]`):
+            `trainer.state.log_history`. Read are `step`, `loss`, `eval_loss`, `learning_rate`, `lr/<layer>`,
+            `grad_norm` and `grad_norm_clipped`; a panel without figures says so.
+        path (`str`):
+            Where the picture goes.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+    """
+    figure, (loss, rate, norm) = _new_figure()
+    _draw(
+        loss, {"training": _series(log_history, "loss"), "validation": _series(log_history, "eval_loss")}, marks=True
+    )
+    loss.set(title="Loss", ylabel="nats")
+    _draw(rate, _learning_rates(log_history))
+    rate.set(title="Learning rate by layer")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    _draw(
+        norm,
+        {
+            "before the clip": _series(log_history, "grad_norm"),
+            "after the clip": _series(log_history, "grad_norm_clipped"),
+        },
+    )
+    norm.set(title="Gradient norm")
+    if norm.lines:
+        norm.set_yscale("log")
+        norm.yaxis.set_major_formatter("{x:g}")
+        norm.yaxis.set_minor_formatter("{x:g}")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.incomplete")
+    try:
+        figure.savefig(temporary, format="png", dpi=150)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _new_figure() -> tuple[Any, Any]:
+    """A figure of its own canvas: no window, and no global state of pyplot."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "matplotlib is not installed, and curves are drawn with it. Install it with "
+            "`pip install 'hf-lmopt[recipes]'`."
+        ) from error
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, 3)
+
+
+def _series(log_history: Sequence[Mapping[str, Any]], key: str) -> Series:
+    """Steps and values of the entries that have `key`."""
+    entries = [entry for entry in log_history if key in entry and "step" in entry]
+    return [entry["step"] for entry in entries], [float(entry[key]) for entry in entries]
+
+
+def _learning_rates(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
+    """One series per logged layer; the Trainer's own `learning_rate` only where no layer is named."""
+    keys = dict.fromkeys(key for entry in log_history for key in entry if key.startswith("lr/"))
+    named = {key.removeprefix("lr/"): _series(log_history, key) for key in keys}
+    return named or {"all layers": _series(log_history, "learning_rate")}
+
+
+def _draw(axes: Any, series_by_name: Mapping[str, Series], marks: bool = False) -> None:
+    """Lines with a legend; with `marks`, every series behind the first has a mark at each value."""
+    drawn = {name: series for name, series in series_by_name.items() if series[0]}
+    for index, (name, (steps, values)) in enumerate(drawn.items()):
+        marker = "o" if len(steps) == 1 or (marks and name != "training") else None
+        style = "-" if index == 0 else "--"
+        axes.plot(steps, values, style, label=name, linewidth=1.4, marker=marker, markersize=4)
+    axes.set_xlabel("optimizer step")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if drawn:
+        axes.legend(frameon=False)
+    else:
+        axes.text(0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center", color="gray")
