@@ -301,7 +301,7 @@ def build_model(recipe: RecipeArguments, encoder: LabelEncoder) -> tuple[PreTrai
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
         target_modules=targets if targets == "all-linear" else targets.split(","),
-        modules_to_save=None,
+        modules_to_save=head,
     )
     return get_peft_model(model, lora), tokenizer
 
@@ -365,10 +365,10 @@ def save(
 
 def describe_settings(recipe: RecipeArguments, args: FinetuningArguments) -> dict[str, Any]:
     """The recipe's arguments, those that this recipe sets, and whatever else is not the default of transformers."""
-    stock = {item.name: item.default for item in dataclasses.fields(LMOptArguments)}
-    values = {name: value for name, value in args.to_dict().items() if name in stock}
+    stock = LMOptArguments(output_dir=args.output_dir).to_dict()
     own = FinetuningArguments.__annotations__
-    settings = dataclasses.asdict(recipe) | {k: v for k, v in values.items() if k in own or v != stock[k]}
+    settings = {k: v for k, v in dataclasses.asdict(recipe).items() if v is not None}
+    settings |= {k: v for k, v in args.to_dict().items() if k in own or (k in stock and v != stock[k])}
     paths = ("train_file", "validation_file", "test_file", "model_name_or_path", "output_dir", "logging_dir")
     return settings | {name: portable_path(settings[name]) for name in paths if settings.get(name)}
 

@@ -57,7 +57,7 @@ from hf_lmopt.publishing.results import portable_path
 
 WIKITEXT = Path(__file__).parent / "data" / "wikitext-2-raw-v1"
 QUICK_CHECK_STEPS, QUICK_CHECK_DOCUMENTS = 100, 4
-DEFAULT_MAX_STEPS = 1800
+DEFAULT_MAX_STEPS = 5600
 NEW_MODEL_OPTIONS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "config_overrides")
 REPORTED_SETTINGS = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "decay_form", "optim",
@@ -96,9 +96,9 @@ class RecipeArguments:
 
     model_name_or_path: str | None = option(None, "Model to continue training, in place of the five options below.")
     model_type: str = option("llama", "Architecture of a new model: llama, gpt2, opt, qwen3, mistral, ...")
-    hidden_size: int = option(256, "Width of a new model.")
+    hidden_size: int = option(192, "Width of a new model.")
     num_hidden_layers: int = option(4, "Depth of a new model.")
-    num_attention_heads: int = option(4, "Attention heads of a new model.")
+    num_attention_heads: int = option(3, "Attention heads of a new model.")
     config_overrides: str | None = option(
         None,
         "Further fields of the new config, JSON or key=value,key=value. Unless given here, intermediate_size is "
@@ -129,17 +129,17 @@ class PretrainingArguments(LMOptArguments):
     output_dir: str = option("runs/pretrain_causal_lm", "Folder of the run; must not hold another one.")
     max_steps: int = option(DEFAULT_MAX_STEPS, "Optimizer steps. --num_train_epochs takes its place if given.")
     num_train_epochs: float = option(0.0, "Passes over the training text; 0 leaves it to --max_steps.")
-    per_device_train_batch_size: int = option(4, "Blocks per micro-batch.")
+    per_device_train_batch_size: int = option(2, "Blocks per micro-batch.")
     per_device_eval_batch_size: int = option(16, "Blocks or windows per batch of the evaluation.")
-    learning_rate: float = option(3e-3, "Peak learning rate.")
+    learning_rate: float = option(2e-3, "Peak learning rate.")
     lr_scheduler_type: str = option("warmup_stable_decay", "Schedule of the learning rate.")
     warmup_steps: float = option(0.05, "Steps of warm-up, or their share of all steps if below 1.")
     weight_decay: float = option(0.1, "Weight decay; --decay_form says which kind.")
-    adam_beta2: float = option(0.95, "Decay of Adam's second moment.")
-    logging_steps: float = option(20, "Steps between two lines of the log.")
+    adam_beta2: float = option(0.98, "Decay of Adam's second moment.")
+    logging_steps: float = option(50, "Steps between two lines of the log.")
     eval_strategy: str = option("steps", "When --eval_blocks are scored.")
-    eval_steps: float | None = option(200, "Steps between two evaluations.")
-    save_steps: float = option(200, "Steps between two checkpoints.")
+    eval_steps: float | None = option(700, "Steps between two evaluations.")
+    save_steps: float = option(700, "Steps between two checkpoints.")
     save_total_limit: int | None = option(2, "Checkpoints that are kept.")
     use_cpu: bool = option(not torch.accelerator.is_available(), "Train on the CPU; bf16 there needs it to be said.")
     dataloader_pin_memory: bool = option(torch.cuda.is_available(), "Page-locked batches, which only a GPU can use.")
@@ -226,7 +226,9 @@ def check_options(recipe: RecipeArguments, args: PretrainingArguments) -> None:
         "dataset_name is not given": () if recipe.dataset_name else ("dataset_config_name",),
         "model_name_or_path is given": NEW_MODEL_OPTIONS if recipe.model_name_or_path else (),
         "a tokenizer is given": ("vocab_size", "tokenizer_cache_dir") if given_tokenizer else (),
-        f"lr_scheduler_type is {SchedulerType(args.lr_scheduler_type).value}": () if has_stable_phase(args) else ("decay_ratio",),
+        f"lr_scheduler_type is {SchedulerType(args.lr_scheduler_type).value}": ()
+        if has_stable_phase(args)
+        else ("decay_ratio",),
     }
     for reason, names in unread.items():
         for name in names:

@@ -19,6 +19,7 @@ from transformers import (
     BertConfig,
     BertModel,
     BertTokenizer,
+    DistilBertConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -224,12 +225,19 @@ def test_adapter_trains_with_its_head_and_loads_as_reported(run, data, encoder_m
         loaded.base_model.model.classifier.modules_to_save["default"].weight.cpu(),
         head,
     )
+    kinds = {type(module).__name__ for module in recipe.load_trained_model(folder / "model")[0].modules()}
+    assert ("Linear4bit" in kinds) == (peft == "qlora")
     rows = rows_of(data / "test.jsonl")
     capsys.readouterr()
     recipe.main(["--output_dir", str(folder), "--predict", *(row["text"] for row in rows)])
     answers = capsys.readouterr().out.splitlines()[-len(rows) :]
     right = sum(answer.startswith(row["label"]) for answer, row in zip(answers, rows, strict=True))
     assert right / len(rows) == pytest.approx(results["test"]["accuracy"])
+
+
+def test_head_is_all_that_lies_outside_the_body():
+    assert recipe.head_modules(DistilBertConfig(n_layers=1)) == ["pre_classifier", "classifier"]
+    assert recipe.head_modules(LlamaConfig(num_hidden_layers=1)) == ["score"]
 
 
 def test_balanced_loss_is_the_weighted_mean_over_examples():

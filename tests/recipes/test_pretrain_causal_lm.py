@@ -47,7 +47,7 @@ def run(text_files, tmp_path):
     """Runs the recipe with a tiny model; returns the folder of the run."""
 
     def start(*arguments, output_dir=tmp_path / "run", own_text=True, max_steps="8", new_model=True):
-        small = ["--block_size", "32", "--max_new_tokens", "5"]
+        small = ["--block_size", "32", "--max_new_tokens", "5", "--per_device_train_batch_size", "4"]
         small += ["--eval_steps", "4", "--save_steps", "4", "--logging_steps", "2"]
         if new_model:
             small += ["--hidden_size", "16", "--num_attention_heads", "2", "--num_hidden_layers", "2"]
