@@ -15,14 +15,14 @@ samples, settings, versions, machine, data hashes), `training_curves.png`, and `
 
 import hashlib
 import math
+import re
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from datasets import load_dataset
 from torch.utils.data import Subset
 from transformers import (
     AutoConfig,
@@ -47,9 +47,9 @@ from hf_lmopt.data import (
     collate_packed,
     count_words,
     encode_documents,
-    read_documents,
 )
-from hf_lmopt.data.documents import TXT_LAYOUTS, documents_of_rows
+from hf_lmopt.data.corpus import Corpus, load_hub_corpus, read_corpus
+from hf_lmopt.data.documents import TXT_LAYOUTS
 from hf_lmopt.metrics.language_modeling import CorpusScore, score_corpus
 from hf_lmopt.publishing import plot_training_curves, run_facts
 from hf_lmopt.publishing.results import portable_path
@@ -57,12 +57,13 @@ from hf_lmopt.publishing.results import portable_path
 
 WIKITEXT = Path(__file__).parent / "data" / "wikitext-2-raw-v1"
 QUICK_CHECK_STEPS, QUICK_CHECK_DOCUMENTS = 100, 4
-DEFAULT_MAX_STEPS = 5600
+DEFAULT_MAX_STEPS = 3200
 NEW_MODEL_OPTIONS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "config_overrides")
 REPORTED_SETTINGS = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "decay_form", "optim",
     "optimizer", "optimizer_kwargs", "adam_beta1", "adam_beta2", "max_grad_norm", "clip_strategy", "layer_lr_decay",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16", "gradient_checkpointing",
+    "lr_multipliers", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16",
+    "gradient_checkpointing",
 )  # fmt: skip
 
 
@@ -106,6 +107,9 @@ class RecipeArguments:
         "output embeddings are tied.",
     )
 
+    embedding_lr_multiplier: float = option(
+        10.0, "Learning-rate factor of the token embedding, unless --lr_multipliers has one; 1 for a trained model."
+    )
     decay_ratio: float = option(0.5, "Last part of the steps in which warmup_stable_decay lets the rate fall to 0.")
     context_length: int | None = option(None, "Tokens in a window of the evaluation (default: block_size).")
     stride: int | None = option(None, "By how many tokens that window moves (default: half of context_length).")
@@ -131,15 +135,15 @@ class PretrainingArguments(LMOptArguments):
     num_train_epochs: float = option(0.0, "Passes over the training text; 0 leaves it to --max_steps.")
     per_device_train_batch_size: int = option(2, "Blocks per micro-batch.")
     per_device_eval_batch_size: int = option(16, "Blocks or windows per batch of the evaluation.")
-    learning_rate: float = option(2e-3, "Peak learning rate.")
+    learning_rate: float = option(1e-3, "Peak learning rate.")
     lr_scheduler_type: str = option("warmup_stable_decay", "Schedule of the learning rate.")
     warmup_steps: float = option(0.05, "Steps of warm-up, or their share of all steps if below 1.")
     weight_decay: float = option(0.1, "Weight decay; --decay_form says which kind.")
     adam_beta2: float = option(0.98, "Decay of Adam's second moment.")
     logging_steps: float = option(50, "Steps between two lines of the log.")
     eval_strategy: str = option("steps", "When --eval_blocks are scored.")
-    eval_steps: float | None = option(700, "Steps between two evaluations.")
-    save_steps: float = option(700, "Steps between two checkpoints.")
+    eval_steps: float | None = option(400, "Steps between two evaluations.")
+    save_steps: float = option(400, "Steps between two checkpoints.")
     save_total_limit: int | None = option(2, "Checkpoints that are kept.")
     use_cpu: bool = option(not torch.accelerator.is_available(), "Train on the CPU; bf16 there needs it to be said.")
     dataloader_pin_memory: bool = option(torch.cuda.is_available(), "Page-locked batches, which only a GPU can use.")
@@ -162,14 +166,6 @@ class PretrainingArguments(LMOptArguments):
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Shows defaults, and the commands at the top as they are written."""
-
-
-class Corpus(NamedTuple):
-    """The raw documents of both splits, and the files they were read from."""
-
-    train: list[str]
-    validation: list[str]
-    files: list[str]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -261,43 +257,13 @@ def find_checkpoint(args: PretrainingArguments) -> str | None:
 
 def load_corpus(recipe: RecipeArguments) -> Corpus:
     """The raw documents of the chosen data set, of the own files, or of WikiText-2."""
+    column, percentage = recipe.text_column, recipe.validation_percentage
     if recipe.dataset_name:
-        return load_hub_corpus(recipe)
+        return load_hub_corpus(recipe.dataset_name, recipe.dataset_config_name, column, percentage)
     files = [str(WIKITEXT / "train.txt.gz"), str(WIKITEXT / "validation.txt.gz")]
     if recipe.train_file:
         files = [file for file in (recipe.train_file, recipe.validation_file) if file]
-    splits = [read_documents(file, recipe.text_column, recipe.txt_layout) for file in files]
-    train, validation = splits if len(splits) == 2 else hold_out(splits[0], recipe.validation_percentage)
-    return Corpus(train, validation, files)
-
-
-def load_hub_corpus(recipe: RecipeArguments) -> Corpus:
-    dataset = load_dataset(recipe.dataset_name, recipe.dataset_config_name)
-    if "train" not in dataset:
-        raise ValueError(
-            f"{recipe.dataset_name} has no split 'train', but {', '.join(dataset)}. The training text is read from "
-            "that split. Choose another data set or configuration."
-        )
-    documents = {
-        split: documents_of_rows(dataset[split], recipe.text_column, f"{recipe.dataset_name} ({split})")
-        for split in ("train", "validation")
-        if split in dataset
-    }
-    if "validation" in documents:
-        return Corpus(documents["train"], documents["validation"], [])
-    return Corpus(*hold_out(documents["train"], recipe.validation_percentage), [])
-
-
-def hold_out(documents: list[str], percentage: float) -> tuple[list[str], list[str]]:
-    """Keeps the last documents for validation, at least one on either side."""
-    count = max(1, round(len(documents) * percentage / 100))
-    if not 0 < percentage < 100 or count >= len(documents):
-        raise ValueError(
-            f"{percentage} % of {len(documents)} documents cannot be held out for validation. Both parts need a "
-            "document at least. Give a validation_file, another validation_percentage, or a txt_layout that splits "
-            "the file (lines, blank_lines)."
-        )
-    return documents[:-count], documents[-count:]
+    return read_corpus(files, column, recipe.txt_layout, percentage)
 
 
 def clean(recipe: RecipeArguments, documents: list[str]) -> list[str]:
@@ -394,6 +360,9 @@ def build_trainer(
     validation = blocks["validation"]
     count = min(recipe.eval_blocks, len(validation))
     patience = args.early_stopping_patience
+    args.lr_multipliers = with_embedding_multiplier(
+        recipe, model, parse_mapping("lr_multipliers", args.lr_multipliers)
+    )
     trainer = LMOptTrainer(
         model=model,
         args=args,
@@ -408,6 +377,18 @@ def build_trainer(
         defaults = {"num_decay_steps": round(recipe.decay_ratio * count_steps(trainer)), "decay_type": "linear"}
         args.lr_scheduler_kwargs = defaults | (args.lr_scheduler_kwargs or {})
     return trainer
+
+
+def with_embedding_multiplier(
+    recipe: RecipeArguments, model: PreTrainedModel, lr_multipliers: dict[str, float] | None
+) -> dict[str, float]:
+    """Most rows of the embedding are in few batches, so they need longer steps; patterns of the user come first."""
+    embedding = model.get_input_embeddings().weight
+    name = next(name for name, parameter in model.named_parameters() if parameter is embedding)
+    lr_multipliers = lr_multipliers or {}
+    if recipe.embedding_lr_multiplier == 1 or any(re.search(pattern, name) for pattern in lr_multipliers):
+        return lr_multipliers
+    return {**lr_multipliers, f"^{re.escape(name)}$": recipe.embedding_lr_multiplier}
 
 
 def count_steps(trainer: LMOptTrainer) -> int:
