@@ -146,7 +146,9 @@ def measure_losses(reviews: list[dict[str, torch.Tensor]]) -> list[dict[str, Any
     rows = []
     for trainer_name in TRAINERS:
         for accumulation in (1, 8):
-            _, losses = train(trainer_name, build_model, reviews, accumulation, lr_scheduler_type="constant", **settings)
+            _, losses = train(
+                trainer_name, build_model, reviews, accumulation, lr_scheduler_type="constant", **settings
+            )
             rows.append({"trainer": trainer_name, "accumulation": accumulation, "losses": losses})
     return rows
 
@@ -160,7 +162,9 @@ def plot(gradients: list[dict[str, Any]], losses: list[dict[str, Any]], path: Pa
             rows = [row for row in gradients if row["task"] == task and row["trainer"] == trainer_name]
             steps = [row["accumulation"] for row in rows]
             factors = [row["gradient_over_true"] for row in rows]
-            left.plot(steps, factors, marker=marker, color=color, alpha=0.6, markersize=7, label=f"{task}, {trainer_name}")
+            left.plot(
+                steps, factors, marker=marker, color=color, alpha=0.6, markersize=7, label=f"{task}, {trainer_name}"
+            )
     left.set(xscale="log", yscale="log", xlabel="gradient accumulation steps", ylabel="gradient / true gradient")
     left.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
     left.set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
@@ -179,7 +183,10 @@ def plot(gradients: list[dict[str, Any]], losses: list[dict[str, Any]], path: Pa
 
 
 def smooth(values: list[float], width: int = 5) -> list[float]:
-    return [sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
+    return [
+        sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1])
+        for i in range(len(values))
+    ]
 
 
 def main() -> None:
