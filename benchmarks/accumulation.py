@@ -43,7 +43,7 @@ from hf_lmopt.checkpointing import write_json
 
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 
 ROOT = Path(__file__).parent

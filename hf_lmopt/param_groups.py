@@ -15,7 +15,7 @@ from torch import nn
 from hf_lmopt.layer_depth import HEAD, LayerDepth, is_embedding_parameter, is_norm_parameter, layer_depths
 
 
-BODY = "body"  # all layers but the head, where no decay tells them apart
+BODY = "body"  # all layers but the head, where neither decay nor a pattern tells them apart
 LORA_B = re.compile(r"(^|\.)lora_(embedding_)?B(\.|$)")
 
 
@@ -58,7 +58,8 @@ def build_param_groups(
 
     Returns:
         `list[dict]`: groups with `params`, `param_names`, `lr`, `weight_decay` and `layer`, from the head to the
-        embeddings. Without layer decay, all layers but the head are one, called `"body"`.
+        embeddings. Without layer decay, the head and the parameters that a pattern of `lr_multipliers` picks keep
+        their layer, and all others are one, called `"body"`.
 
     Raises:
         ValueError: if a value is outside its range, or if a setting would change no trainable parameter.
@@ -69,7 +70,10 @@ def build_param_groups(
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     _check_effect(rates, depths, list(trainable))
     if layer_lr_decay == 1:
-        depths = {name: depth if depth.layer == HEAD else LayerDepth(BODY, 0) for name, depth in depths.items()}
+        depths = {
+            name: depth if depth.layer == HEAD or rates.pattern_of(name) is not None else LayerDepth(BODY, 0)
+            for name, depth in depths.items()
+        }
 
     groups: dict[tuple[str, float, float], dict[str, Any]] = {}
     for name, parameter in trainable.items():

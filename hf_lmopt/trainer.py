@@ -228,8 +228,8 @@ class LMOptMixin(_TrainerBase):
     def _get_learning_rate(self) -> float:
         # The Trainer asks before the scheduler moves on; the groups' rates are taken at the same moment.
         groups = [group for group in self.optimizer.param_groups if "layer" in group]
-        chosen = {id(group): group for group in (*groups[:1], *groups[-1:])}.values()
-        self._lrs_by_layer = {f"lr/{group['layer']}": float(group["lr"]) for group in chosen}
+        # The last one first: where both are of one layer, the head's end of it counts.
+        self._lrs_by_layer = {f"lr/{group['layer']}": float(group["lr"]) for group in (*groups[-1:], *groups[:1])}
         return super()._get_learning_rate()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

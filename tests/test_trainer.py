@@ -140,6 +140,13 @@ def test_log_names_the_rate_of_the_head_and_of_the_first_layer(tmp_path: Any) ->
         assert entry["lr/embeddings"] == pytest.approx(entry["lr/head"] * 0.5**4)
 
 
+def test_log_names_the_rate_of_a_layer_that_a_pattern_picked(tmp_path: Any) -> None:
+    trainer = build_trainer(tmp_path, tiny_bert_classifier(), lr_multipliers={"word_embeddings": 10.0})
+    trainer.train()
+    for entry in step_logs(trainer):
+        assert entry["lr/embeddings"] == pytest.approx(10 * entry["lr/head"])
+
+
 def test_groups_of_the_optimizer_are_those_of_build_param_groups(tmp_path: Any, capsys: Any) -> None:
     options = {"layer_lr_decay": 0.8, "head_lr_multiplier": 3.0, "lr_multipliers": {"pooler": 0.5}}
     model = tiny_bert_classifier()
