@@ -49,7 +49,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).parent
 REVIEWS = ROOT.parent / "recipes" / "data" / "movie-sentiment" / "train.csv.gz"
 TRAINERS = {"stock Trainer": (Trainer, TrainingArguments), "hf_lmopt": (LMOptTrainer, LMOptArguments)}
-BATCH_SIZE, NUM_STEPS, SEED = 16, 40, 0
+BATCH_SIZE, NUM_STEPS, SEED = 16, 30, 0
 
 
 def read_reviews(tokenizer: Any, count: int) -> list[dict[str, torch.Tensor]]:

@@ -44,9 +44,7 @@ def plot_training_curves(log_history: Sequence[Mapping[str, Any]], path: str | o
     )
     norm.set(title="Gradient norm")
     if norm.lines:
-        norm.set_yscale("log")
-        norm.yaxis.set_major_formatter("{x:g}")
-        norm.yaxis.set_minor_formatter("{x:g}")
+        _use_log_scale(norm)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.incomplete")
@@ -70,6 +68,16 @@ def _new_figure() -> tuple[Any, Any]:
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, 3)
+
+
+def _use_log_scale(axes: Any) -> None:
+    """Few ticks per decade, all labelled, so that they stay apart over one decade and over many."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=12))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
 def _series(log_history: Sequence[Mapping[str, Any]], key: str) -> Series:
