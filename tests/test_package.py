@@ -1,5 +1,6 @@
 """What holds for the package as a whole: its imports, its version range, and the commands of the README."""
 
+import json
 import re
 import subprocess
 import sys
@@ -25,6 +26,19 @@ def test_readme_commands_set_up_everything_in_a_new_environment() -> None:
         command = readme_command(marker)
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[")
         assert command.endswith(last)
+
+
+def test_main_command_of_the_readme_trains_on_the_embedded_text(tmp_path: Path) -> None:
+    """The command itself, on its own data, with a few steps and short evaluations."""
+    script = readme_command("main").split(".venv/bin/python ")[-1]
+    few = ["--max_steps", "2", "--eval_documents", "1", "--eval_blocks", "4", "--max_new_tokens", "4"]
+    command = [sys.executable, script, *few, "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert results["training"]["steps"] == 2
+    assert results["validation_after"]["bits_per_byte"] < results["validation_before"]["bits_per_byte"]
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:

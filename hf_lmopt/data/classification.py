@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from datasets import ClassLabel, DatasetDict
 
-from hf_lmopt.data.labeled_files import read_rows
+from hf_lmopt.data.tables import read_rows
 
 
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]

@@ -5,14 +5,11 @@ A document is the unit that packing keeps apart (see `packing.py`). WikiText is 
 articles. Every file is held in memory as a whole; a corpus larger than memory is beyond this module.
 """
 
-import csv
-import gzip
-import io
-import json
 import re
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+from hf_lmopt.data.tables import TABLE_PARSERS, read_text
 
 
 TXT_LAYOUTS = ("auto", "wikitext", "file", "blank_lines", "lines")
@@ -56,8 +53,8 @@ def read_documents(path: str | Path, text_column: str = "text", txt_layout: str 
         documents = documents_of_rows(_read_parquet(path, text_column), text_column, str(path))
     elif suffix == "txt":
         documents = _with_text(split_text(read_text(path), txt_layout), str(path))
-    elif suffix in _TABLE_READERS:
-        documents = documents_of_rows(_TABLE_READERS[suffix](path), text_column, str(path))
+    elif suffix in TABLE_PARSERS:
+        documents = documents_of_rows(TABLE_PARSERS[suffix](read_text(path), path), text_column, str(path))
     else:
         raise ValueError(
             f"{path} is of no known kind. Documents are read from .txt, .jsonl, .csv (each also .gz) and .parquet "
@@ -97,30 +94,6 @@ def documents_of_rows(rows: Iterable[Mapping[str, object]], text_column: str, so
     if is_wikitext(join_wikitext_rows(texts[:8])):
         texts = split_wikitext(join_wikitext_rows(texts))
     return _with_text(texts, source)
-
-
-def read_text(path: str | Path) -> str:
-    """
-    Reads a UTF-8 file, decompressed if it ends in `.gz`; line ends stay as they are and a byte order mark is dropped.
-
-    Raises:
-        ValueError: if it is not UTF-8 (the message names the offset of the first bad byte) or a damaged gzip file.
-    """
-    data = Path(path).read_bytes()
-    if str(path).endswith(".gz"):
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(
-                f"{path} cannot be decompressed ({error}). A name in .gz promises a whole gzip file. Copy it again."
-            ) from error
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}. Text files must be UTF-8. "
-            "Convert it, for example with `iconv -f latin1 -t utf-8`."
-        ) from error
 
 
 def split_text(text: str, txt_layout: str = "auto") -> list[str]:
@@ -183,31 +156,6 @@ def _read_parquet(path: Path, text_column: str) -> list[dict[str, object]]:
         raise ValueError(f"{path} is no parquet file ({error}). Copy it again, or give it its right name.") from error
     _check_column(table.schema_arrow.names, text_column, str(path))
     return table.read(columns=[text_column]).to_pylist()
-
-
-def _read_csv(path: Path) -> list[dict[str, object]]:
-    csv.field_size_limit(2**31 - 1)  # The default of 128 KiB refuses long documents.
-    return list(csv.DictReader(io.StringIO(read_text(path), newline="")))
-
-
-def _read_jsonl(path: Path) -> list[dict[str, object]]:
-    rows = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}: no JSON ({error}). Each line must be one JSON object."
-            ) from error
-        if not isinstance(row, dict):
-            raise ValueError(f'{path}, line {number}: {line[:40]!r} is no object. Write it as {{"text": ...}}.')
-        rows.append(row)
-    return rows
-
-
-_TABLE_READERS: dict[str, Callable[[Path], list[dict[str, object]]]] = {"csv": _read_csv, "jsonl": _read_jsonl}
 
 
 def _with_text(documents: Iterable[str], source: str) -> list[str]:
