@@ -141,13 +141,12 @@ def measure_gradients(reviews: list[dict[str, torch.Tensor]]) -> list[dict[str, 
 
 
 def measure_losses(reviews: list[dict[str, torch.Tensor]]) -> list[dict[str, Any]]:
-    build_model = lambda: AutoModelForSequenceClassification.from_pretrained(MODEL_DIR)  # noqa: E731
     settings = {"max_steps": NUM_STEPS, "optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.02}
     rows = []
     for trainer_name in TRAINERS:
         for accumulation in (1, 8):
             _, losses = train(
-                trainer_name, build_model, reviews, accumulation, lr_scheduler_type="constant", **settings
+                trainer_name, build_classifier, reviews, accumulation, lr_scheduler_type="constant", **settings
             )
             rows.append({"trainer": trainer_name, "accumulation": accumulation, "losses": losses})
     return rows
@@ -182,11 +181,14 @@ def plot(gradients: list[dict[str, Any]], losses: list[dict[str, Any]], path: Pa
     figure.savefig(path, dpi=130)
 
 
+def build_classifier() -> Any:
+    return AutoModelForSequenceClassification.from_pretrained(MODEL_DIR)
+
+
 def smooth(values: list[float], width: int = 5) -> list[float]:
-    return [
-        sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1])
-        for i in range(len(values))
-    ]
+    """Mean of each value and up to `width - 1` before it."""
+    windows = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
+    return [sum(window) / len(window) for window in windows]
 
 
 def main() -> None:
