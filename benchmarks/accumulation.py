@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import gzip
 import platform
+import random
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -55,7 +56,7 @@ BATCH_SIZE, NUM_STEPS, SEED = 16, 30, 0
 def read_reviews(tokenizer: Any, count: int) -> list[dict[str, torch.Tensor]]:
     """Reviews of 32 tokens, padded or cut, so that micro-batches differ in nothing but their number."""
     with gzip.open(REVIEWS, "rt", encoding="utf-8", newline="") as file:
-        rows = [row for row, _ in zip(csv.DictReader(file), range(count), strict=False)]
+        rows = random.Random(SEED).sample(list(csv.DictReader(file)), count)  # the file is sorted by source
     inputs = tokenizer(
         [row["text"] for row in rows], padding="max_length", truncation=True, max_length=32, return_tensors="pt"
     )
@@ -75,7 +76,9 @@ def build_tasks(reviews: list[dict[str, torch.Tensor]]) -> dict[str, tuple[Calla
     tokens = [{**row, "labels": row["input_ids"]} for row in window]
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     bert, llama = BertConfig(**sizes), LlamaConfig(vocab_size=30522, **sizes)
-    t5 = T5Config(vocab_size=30522, d_model=64, d_ff=128, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    t5 = T5Config(
+        vocab_size=30522, d_model=64, d_ff=128, num_layers=2, num_heads=2, dropout_rate=0.0, decoder_start_token_id=0
+    )
     return {
         "sequence classifier": (lambda: BertForSequenceClassification(bert), window),
         "token classifier": (
