@@ -93,7 +93,7 @@ class LMOptMixin(_TrainerBase):
         given = self.optimizer_cls_and_kwargs
         optimizer_class, optimizer_kwargs = self._choose_optimizer(model)
         if self._takes_groups(optimizer_class, optimizer_kwargs):
-            groups = self._build_param_groups(model)
+            groups = self._build_param_groups(optimizer_kwargs, model)
             if self.is_world_process_zero():
                 print(describe_param_groups(groups))
             optimizer_kwargs = {**optimizer_kwargs, "params": groups}
@@ -118,19 +118,22 @@ class LMOptMixin(_TrainerBase):
     def _takes_groups(optimizer_class: Any, optimizer_kwargs: dict[str, Any]) -> bool:
         return not (is_optimizer_factory(optimizer_class) or FOREIGN_GROUP_KEYS & set(optimizer_kwargs))
 
-    def _build_param_groups(self, model: nn.Module | None = None) -> list[dict[str, Any]]:
-        _, optimizer_kwargs = self._choose_optimizer(model)
+    def _build_param_groups(
+        self, optimizer_kwargs: dict[str, Any], model: nn.Module | None = None
+    ) -> list[dict[str, Any]]:
+        lr = optimizer_kwargs.get("lr")
         return build_param_groups(
             model if model is not None else self.model,
-            lr=optimizer_kwargs.get("lr") or self.args.learning_rate,
+            lr=lr if lr is not None else self.args.learning_rate,
             weight_decay=self.args.weight_decay,
             **self.args.param_group_options(),
         )
 
     def _check_param_groups(self) -> None:
         """Raises now for options that would fail, or do nothing, at the first step."""
-        if self.optimizer is None and self._takes_groups(*self._choose_optimizer()):
-            self._build_param_groups()
+        optimizer_class, optimizer_kwargs = self._choose_optimizer() if self.optimizer is None else (None, {})
+        if optimizer_class is not None and self._takes_groups(optimizer_class, optimizer_kwargs):
+            self._build_param_groups(optimizer_kwargs)
         elif changed := self.args.changed_param_group_options():
             raise ValueError(
                 f"{', '.join(changed)} cannot be honoured: the optimizer that was given makes its own parameter "

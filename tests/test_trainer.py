@@ -173,6 +173,14 @@ def test_a_plain_trainer_gets_the_same_groups_from_the_factory(tmp_path: Any) ->
     assert isinstance(trainer.optimizer.optimizer, torch.optim.AdamW)
 
 
+def test_a_learning_rate_of_zero_that_was_given_is_kept(tmp_path: Any) -> None:
+    given = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.0})}
+    model = tiny_bert_classifier()
+    before = weights(model)
+    build_trainer(tmp_path, model, trainer_kwargs=given).train()
+    assert same_weights(before, weights(model))
+
+
 def test_factory_refuses_bad_options_before_a_model_is_known() -> None:
     with pytest.raises(ValueError, match=r"optimizer='adamv' is unknown.*Did you mean adamw"):
         optimizer_factory("adamv", lr=1e-3)

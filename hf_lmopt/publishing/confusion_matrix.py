@@ -1,11 +1,12 @@
 """Draws a confusion matrix. Colour is the share of the true class, so that rare classes can be read as well."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from hf_lmopt.checkpointing import new_file
 
 
 CELL_INCHES = 0.42
@@ -55,14 +56,8 @@ def plot_confusion_matrix(
         text = f"{count}\n{share:.1%}" if few else str(count or "")
         colour = "white" if share > 0.5 else "black"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=11 if few else 7)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".incomplete.{path.name}")
-    try:
-        figure.savefig(temporary, dpi=150, bbox_inches="tight")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
 
 
 def _new_figure(figsize: tuple[float, float]) -> Any:

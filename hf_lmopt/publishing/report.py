@@ -6,8 +6,9 @@ Needs matplotlib, which the extra `recipes` brings; nothing else in the package 
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
+
+from hf_lmopt.checkpointing import new_file
 
 
 Series = tuple[list[int], list[float]]
@@ -45,14 +46,8 @@ def plot_training_curves(log_history: Sequence[Mapping[str, Any]], path: str | o
     norm.set(title="Gradient norm")
     if norm.lines:
         _use_log_scale(norm)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.incomplete")
-    try:
+    with new_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _new_figure() -> tuple[Any, Any]:
