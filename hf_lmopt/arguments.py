@@ -8,6 +8,7 @@ its YAML and JSON files. A combination that cannot work raises here, before a mo
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -15,11 +16,13 @@ from transformers import TrainingArguments
 
 from .accumulation import LOSS_REDUCTIONS
 from .clipping import CLIP_STRATEGIES, check_clip_kwargs
-from .optim.registry import DECAY_FORMS, choose_optimizer
+from .optim.hyperparameters import DECAY_FORMS
+from .optim.registry import choose_optimizer
 from .param_groups import check_param_group_options
 
 
 NONFINITE_POLICIES = ("skip_step", "raise")
+CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
 # Options that shape the parameter groups, by the names build_param_groups gives them.
 PARAM_GROUP_FIELDS = (
     "layer_lr_decay",
@@ -42,8 +45,8 @@ class LMOptArgumentsMixin:
 
     Args:
         optimizer (`str`, *optional*):
-            Name of an optimizer of this package (`hf_lmopt.optim.OPTIMIZERS`). `None` leaves transformers' `optim` in
-            charge.
+            Name of an optimizer of this package; `hf-lmopt optimizers` lists them. `None` leaves transformers' `optim`
+            in charge.
         optimizer_kwargs (`dict` or `str`, *optional*):
             Further arguments of `optimizer`. On the command line JSON or `key=value,key=value`.
         decay_form (`str`, *optional*, defaults to `"decoupled"`):
@@ -157,6 +160,12 @@ def _check_optimizer(args: Any) -> None:
                 f"optimizer={args.optimizer!r} and optim={str(args.optim)!r} both name an optimizer. Only one can "
                 "step: leave one of them out."
             )
+        if args.optimizer.startswith("schedule_free") and str(args.lr_scheduler_type.value) not in CONSTANT_SCHEDULES:
+            raise ValueError(
+                f"optimizer={args.optimizer!r} with lr_scheduler_type={args.lr_scheduler_type.value!r}: its averaging "
+                f"takes the place of a schedule, and a rate that falls would weight the average wrongly. Set "
+                f"lr_scheduler_type to one of {list(CONSTANT_SCHEDULES)}."
+            )
     elif args.optimizer_kwargs:
         raise ValueError(
             f"optimizer_kwargs={args.optimizer_kwargs} was given without an optimizer. It belongs to one of this "
@@ -202,7 +211,7 @@ def parse_mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, An
     try:
         if value.lstrip().startswith("{"):
             return json.loads(value)
-        pairs = (item.rpartition("=") for item in value.split(","))
+        pairs = (item.rpartition("=") for item in re.split(r",(?![^\[]*\])", value))  # not at the commas of a list
         return {key.strip(): _parse_value(text.strip()) for key, equals, text in pairs if _is_pair(key, equals)}
     except ValueError as error:
         raise ValueError(

@@ -6,7 +6,7 @@ LoRA+ (Hayou et al. 2024, https://arxiv.org/abs/2402.12354). Left out: schedules
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ def build_param_groups(
     lr_multipliers: Mapping[str, float] | None = None,
     lora_plus_ratio: float = 1.0,
     decay_embeddings: bool = True,
+    group_keys: Sequence[Callable[[nn.Module, str, LayerDepth], Mapping[str, Any]]] = (),
 ) -> list[dict[str, Any]]:
     """
     Build the parameter groups of a model, the head's group first.
@@ -56,6 +57,10 @@ def build_param_groups(
         decay_embeddings (`bool`, *optional*, defaults to `True`):
             Whether embedding tables are decayed.
 
+        group_keys (`Sequence[Callable]`, *optional*):
+            Functions of the model, a parameter's name and its [`LayerDepth`] that return further keys for its group,
+            such as [`~hf_lmopt.optim.hidden_matrices`] for Muon. Parameters with other answers get other groups.
+
     Returns:
         `list[dict]`: groups with `params`, `param_names`, `lr`, `weight_decay` and `layer`, from the head to the
         embeddings. Without layer decay, the head and the parameters that a pattern of `lr_multipliers` picks keep
@@ -66,7 +71,7 @@ def build_param_groups(
     """
     rates = _Rates(lr, layer_lr_decay, head_lr_multiplier, dict(lr_multipliers or {}), lora_plus_ratio)
     _check_number("weight_decay", weight_decay, weight_decay >= 0, "at least 0", "0 to decay nothing")
-    depths = layer_depths(model)
+    depths = places = layer_depths(model)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     _check_effect(rates, depths, list(trainable))
     if layer_lr_decay == 1:
@@ -75,12 +80,13 @@ def build_param_groups(
             for name, depth in depths.items()
         }
 
-    groups: dict[tuple[str, float, float], dict[str, Any]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in trainable.items():
         rate, layer = rates.of(name, depths[name]), depths[name].layer
         decay = float(weight_decay) if _is_decayed(model, name, parameter, decay_embeddings) else 0.0
-        empty = {"params": [], "param_names": [], "lr": rate, "weight_decay": decay, "layer": layer}
-        group = groups.setdefault((layer, rate, decay), empty)
+        more = {key: value for keys_of in group_keys for key, value in keys_of(model, name, places[name]).items()}
+        empty = {"params": [], "param_names": [], "lr": rate, "weight_decay": decay, "layer": layer, **more}
+        group = groups.setdefault((layer, rate, decay, *sorted(more.items())), empty)
         group["params"].append(parameter)
         group["param_names"].append(name)
     return _head_first(groups.values(), depths)
@@ -107,6 +113,8 @@ def describe_param_groups(param_groups: Iterable[Mapping[str, Any]]) -> str:
     """
     Describe parameter groups as a table: layer, lr, decay, number of tensors and of parameters, and one name.
 
+    Where groups follow different algorithms (Muon), the layer says which.
+
     Args:
         param_groups (`Iterable[Mapping]`):
             The groups of [`build_param_groups`], or an optimizer's `param_groups` made from them.
@@ -114,13 +122,16 @@ def describe_param_groups(param_groups: Iterable[Mapping[str, Any]]) -> str:
     Returns:
         `str`: aligned lines, the last with the totals.
     """
+    param_groups = list(param_groups)
+    algorithms = {group.get("algorithm", "") for group in param_groups}
     rows = [("layer", "lr", "decay", "tensors", "parameters", "example")]
     tensors = parameters = 0
     for group in param_groups:
         size = sum(parameter.numel() for parameter in group["params"])
         tensors, parameters = tensors + len(group["params"]), parameters + size
         numbers = (f"{float(group['lr']):.3g}", f"{group['weight_decay']:g}", f"{len(group['params']):,}", f"{size:,}")
-        rows.append((group["layer"], *numbers, group["param_names"][0]))
+        algorithm = f" ({group['algorithm']})" if len(algorithms) > 1 else ""
+        rows.append((group["layer"] + algorithm, *numbers, group["param_names"][0]))
     rows.append(("total", "", "", f"{tensors:,}", f"{parameters:,}", ""))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(_table_line(row, widths) for row in rows)

@@ -30,8 +30,17 @@ from .accumulation import AccumulationWindow, choose_loss_reduction, count_loss_
 from .arguments import LMOptArgumentsMixin
 from .checkpointing import newest_complete_checkpoint, replaced_when_complete
 from .clipping import CLIP_STRATEGIES, ClipRecord, ClipResult
-from .optim.registry import choose_optimizer
-from .optim.state_mapping import fast_forward_scheduler_, has_names, has_same_groups, map_optimizer_state, with_names
+from .optim.explain import explain_implementation
+from .optim.registry import choose_optimizer, group_keys_of
+from .optim.schedule_free import averaged_weights
+from .optim.state_mapping import (
+    check_same_algorithm,
+    fast_forward_scheduler_,
+    has_names,
+    has_same_groups,
+    map_optimizer_state,
+    with_names,
+)
 from .param_groups import build_param_groups, describe_param_groups
 
 
@@ -100,9 +109,12 @@ class LMOptMixin(_TrainerBase):
         try:
             # The stock method knows the rest, such as the 32-bit embeddings of bitsandbytes.
             self.optimizer_cls_and_kwargs = (optimizer_class, optimizer_kwargs)
-            return super().create_optimizer(model)
+            optimizer = super().create_optimizer(model)
         finally:
             self.optimizer_cls_and_kwargs = given
+        if self.is_world_process_zero():
+            print(explain_implementation(optimizer))
+        return optimizer
 
     def _choose_optimizer(self, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
         """The class (or factory) and its arguments: the caller's, this package's, or transformers' by `optim`."""
@@ -121,12 +133,14 @@ class LMOptMixin(_TrainerBase):
     def _build_param_groups(
         self, optimizer_kwargs: dict[str, Any], model: nn.Module | None = None
     ) -> list[dict[str, Any]]:
-        lr = optimizer_kwargs.get("lr")
+        args, lr = self.args, optimizer_kwargs.get("lr")
+        is_ours = args.optimizer is not None and self.optimizer_cls_and_kwargs is None
         return build_param_groups(
             model if model is not None else self.model,
-            lr=lr if lr is not None else self.args.learning_rate,
-            weight_decay=self.args.weight_decay,
-            **self.args.param_group_options(),
+            lr=lr if lr is not None else args.learning_rate,
+            weight_decay=args.weight_decay,
+            group_keys=group_keys_of(args.optimizer, args.optimizer_kwargs) if is_ours else (),
+            **args.param_group_options(),
         )
 
     def _check_param_groups(self) -> None:
@@ -184,6 +198,8 @@ class LMOptMixin(_TrainerBase):
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         # The stock method adds up what was not logged yet on this process alone.
         self._tr_loss = self.accelerator.reduce(self._tr_loss, "mean")
+        if any(group.get("train_mode", False) for group in self.optimizer.param_groups):
+            self.optimizer.eval()  # what a schedule-free run leaves are its averaged weights
         return super()._finalize_training(*args, **kwargs)
 
     # ---- Clipping ----
@@ -251,9 +267,10 @@ class LMOptMixin(_TrainerBase):
         folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         if not self.args.should_save:
             self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
+            with averaged_weights(self.optimizer):
+                super()._save_checkpoint(model, trial)
             return
-        with replaced_when_complete(folder):
+        with replaced_when_complete(folder), averaged_weights(self.optimizer):
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
 
@@ -265,6 +282,7 @@ class LMOptMixin(_TrainerBase):
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not has_names(saved):
             saved = self._name_stock_groups(saved, path)
+        check_same_algorithm(saved, current)
         if has_same_groups(saved, current):
             return super()._load_optimizer_and_scheduler(checkpoint)
         state, report = map_optimizer_state(saved, current)

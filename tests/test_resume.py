@@ -93,7 +93,7 @@ def test_message_lists_what_was_added_missing_and_moved(first_run: Any, tmp_path
     message = caplog.text
     assert message.count("Resumed with other parameter groups") == 1
     assert "1 missing, whose state was dropped (bert.embeddings.position_embeddings.weight)" in message
-    assert "2 moved to another learning rate or weight decay (bert.pooler.dense.weight, bert.pooler" in message
+    assert "2 moved to another learning rate, weight decay or option (bert.pooler.dense.weight, bert" in message
     assert "added" not in message
     assert trainer.state.global_step == 6
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..param_groups import build_param_groups, check_param_group_options
-from .registry import choose_optimizer
+from .registry import choose_optimizer, group_keys_of
 
 
 def optimizer_factory(
@@ -55,9 +55,12 @@ def optimizer_factory(
     """
     optimizer_class, kwargs = choose_optimizer(name, optimizer_kwargs, decay_form)
     check_param_group_options(**param_group_options)
+    group_keys = group_keys_of(name, optimizer_kwargs)
 
     def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-        groups = build_param_groups(model, lr=lr, weight_decay=weight_decay, **param_group_options)
+        groups = build_param_groups(
+            model, lr=lr, weight_decay=weight_decay, group_keys=group_keys, **param_group_options
+        )
         return optimizer_class(groups, lr=lr, weight_decay=weight_decay, **kwargs)
 
     return lambda: build_optimizer, {}

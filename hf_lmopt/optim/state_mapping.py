@@ -17,16 +17,48 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 StateDict = Mapping[str, Any]
 
+# Of a group: what says nothing of how its parameters are stepped, and what a schedule moves from its base value.
+NOT_SETTINGS = frozenset({"params", "param_names", "layer", "implementation", "lr", "initial_lr", "initial_momentum"})
+
 
 def has_same_groups(saved: StateDict, current: StateDict) -> bool:
-    """Whether two optimizer state dicts have the same names, base learning rates and weight decays, in order."""
+    """Whether two optimizer state dicts have the same names and settings, in order."""
 
     def summarize(state: StateDict) -> list[tuple[Any, ...]]:
-        return [
-            (group.get("param_names"), _base_lr(group), group.get("weight_decay")) for group in state["param_groups"]
-        ]
+        return [(group.get("param_names"), _settings(group)) for group in state["param_groups"]]
 
     return summarize(saved) == summarize(current)
+
+
+def check_same_algorithm(saved: StateDict, current: StateDict) -> None:
+    """
+    Refuses to go on with another method, or with state of another precision.
+
+    Momenta of different methods have the same names and other meanings. A group of this package says its `algorithm`;
+    one that does not is torch's, whose AdamW has the state of ours.
+
+    Args:
+        saved (`Mapping`):
+            `optimizer.state_dict()` from the checkpoint, with `param_names` in its groups.
+        current (`Mapping`):
+            `optimizer.state_dict()` of the new optimizer, with `param_names` in its groups.
+
+    Raises:
+        ValueError: if a parameter changed its method; the message names both.
+    """
+    saved_groups = _group_by_name(saved)
+    for name, group in _group_by_name(current).items():
+        if name not in saved_groups:
+            continue
+        before, now = (
+            (each.get("algorithm", "adamw"), each.get("state_bits", 32)) for each in (saved_groups[name], group)
+        )
+        if before != now:
+            raise ValueError(
+                f"The checkpoint has state of {before[0]} in {before[1]} bits for {name}, and this run steps it with "
+                f"{now[0]} in {now[1]} bits. State cannot be carried over: resume with the optimizer of the "
+                "checkpoint, or start anew from its weights alone."
+            )
 
 
 def has_names(saved: StateDict) -> bool:
@@ -45,7 +77,7 @@ def with_names(saved: StateDict, names_by_group: Sequence[Sequence[str]]) -> dic
 
 @dataclass
 class StateMappingReport:
-    """Names of parameters whose state is new, gone, or in a group with another rate or decay than before."""
+    """Names of parameters whose state is new, gone, or in a group with other settings than before."""
 
     added: list[str]
     missing: list[str]
@@ -58,7 +90,7 @@ class StateMappingReport:
             for kind, names in (
                 ("added, which start without state", self.added),
                 ("missing, whose state was dropped", self.missing),
-                ("moved to another learning rate or weight decay", self.moved),
+                ("moved to another learning rate, weight decay or option", self.moved),
             )
             if names
         ]
@@ -79,7 +111,15 @@ def map_optimizer_state(saved: StateDict, current: StateDict) -> tuple[dict[str,
 
     Returns:
         `tuple`: the state dict to load, and the report of what changed.
+
+    Raises:
+        ValueError: for a schedule-free optimizer, which keeps counters of the run in its groups.
     """
+    if any("train_mode" in group for group in current["param_groups"]):
+        raise ValueError(
+            "The checkpoint has other parameter groups than this run, and a schedule-free optimizer keeps counters of "
+            "its average in them. Resume with the settings of the checkpoint, or start anew from its weights alone."
+        )
     saved_groups, current_groups = _group_by_name(saved), _group_by_name(current)
     saved_index = _index_by_name(saved)
     state = {
@@ -93,7 +133,7 @@ def map_optimizer_state(saved: StateDict, current: StateDict) -> tuple[dict[str,
         moved=[
             name
             for name, group in current_groups.items()
-            if name in saved_groups and _rates(group) != _rates(saved_groups[name])
+            if name in saved_groups and _settings(group) != _settings(saved_groups[name])
         ],
     )
     return {**current, "state": state}, report
@@ -140,8 +180,23 @@ def _base_lr(group: Mapping[str, Any]) -> float:
     return float(torch.as_tensor(group.get("initial_lr", group["lr"])))
 
 
-def _rates(group: Mapping[str, Any]) -> tuple[float, Any]:
-    return _base_lr(group), group.get("weight_decay")
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    How a group is stepped, at its base learning rate and momentum.
+
+    Groups of other packages keep counters of the run among their options: of them rate and decay count alone.
+    """
+    settings = {"lr": _base_lr(group), "weight_decay": group.get("weight_decay")}
+    if "algorithm" in group:
+        settings |= {key: _plain(value) for key, value in group.items() if key not in NOT_SETTINGS}
+    for key, value in group.get("initial_momentum", {}).items():
+        settings[key] = _plain(value)
+    return settings
+
+
+def _plain(value: Any) -> Any:
+    """Tuples come back from a file as lists."""
+    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
 
 
 def _group_by_name(state: StateDict) -> dict[str, Mapping[str, Any]]:

@@ -1,0 +1,51 @@
+// What the operator hands to a kernel of the fused step: plain pointers, already checked (fused_step.cpp).
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/capability.h"
+
+namespace lmopt {
+
+constexpr int kMaxStatesPerParameter = 4;
+constexpr int kMaxRuleCoefficients = 10;
+constexpr int kQuantizationBlock = 256;  // elements that share one maximum, as in bitsandbytes
+constexpr int kBlock = 1024;             // elements that a kernel takes at a time
+
+enum class ElementType { float32, bfloat16, float16 };
+
+struct Codebook;
+
+struct FusedTensor {
+  int64_t numel;
+  int64_t first_block;  // number of blocks in the tensors before this one
+  void* parameter;
+  const void* gradient;
+  void* states[kMaxStatesPerParameter];
+  float* absmax[kMaxStatesPerParameter];  // null where the state is float32
+  ElementType parameter_type;
+  ElementType gradient_type;
+  float correction_scale;  // kernels set it: how far MARS clips the corrected gradient
+  float cautious_scale;    // kernels set it: what a masked step is multiplied by
+};
+
+inline int64_t num_blocks(const FusedTensor& tensor) {
+  return (tensor.numel + kBlock - 1) / kBlock;
+}
+
+struct FusedStep {
+  FusedTensor* tensors;
+  int64_t num_tensors;
+  int64_t num_blocks;
+  const Codebook* codebooks[kMaxStatesPerParameter];
+  double* block_sums;  // one per block, for rules or modifiers that need a sum over a tensor
+  float coefficients[kMaxRuleCoefficients];
+  float l2;
+  float shrink_before;
+  float shrink_after;
+  bool cautious;
+};
+
+LMOPT_DECLARE_CPU_KERNEL(void fused_step(int rule, const FusedStep& step))
+
+}  // namespace lmopt

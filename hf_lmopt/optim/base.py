@@ -1,0 +1,360 @@
+"""
+`MomentumOptimizer`: what the optimizers of this package have in common.
+
+A subclass names its rule (`rules.py`) and turns its hyperparameters and the step count into the rule's coefficients.
+Here is the rest: groups and their checks, state in the right precision, weight decay, cautious masking, 8-bit state,
+and the choice of what carries a step out:
+
+| implementation | what runs |
+|---|---|
+| `"fused"` | one pass over parameter, gradient and states in the compiled extension (`fused.py`) |
+| `"foreach"` | `torch._foreach_*` over all parameters of a group at once |
+| `"single"` | torch, one parameter at a time; what `torch.compile` sees |
+
+Left out: sparse and complex parameters, and gradients through the step itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypedDict
+
+import torch
+from torch import Tensor
+
+from . import fused
+from .hyperparameters import (
+    DECAY_FORMS,
+    FLAG,
+    IMPLEMENTATIONS,
+    NON_NEGATIVE,
+    Allowed,
+    Choice,
+    DecayForm,
+    Implementation,
+    check_hyperparameters,
+)
+from .quantized_state import QuantizedState, check_8bit_available, is_large_enough
+from .rules import Number, Rule, is_zero, mask_disagreement_
+from .tensor_list import TensorList
+
+
+# Of all optimizers, beside their own.
+COMMON_RANGES: dict[str, Allowed] = {
+    "lr": NON_NEGATIVE,
+    "weight_decay": NON_NEGATIVE,
+    "decay_form": Choice(DECAY_FORMS),
+    "cautious": FLAG,
+    "state_bits": Choice((8, 32)),
+    "implementation": Choice(IMPLEMENTATIONS),
+}
+
+
+class Modifiers(TypedDict, total=False):
+    """The options that every optimizer takes; see [`MomentumOptimizer`]."""
+
+    decay_form: DecayForm
+    cautious: bool
+    state_bits: int
+    implementation: Implementation
+
+
+MODIFIER_DEFAULTS = Modifiers(decay_form="decoupled", cautious=False, state_bits=32, implementation="auto")
+
+
+@dataclass(frozen=True)
+class Decay:
+    """Weight decay as three factors: `g + l2 * p` is the gradient, `(p * before - step) * after` the new parameter."""
+
+    l2: Number = 0.0
+    before: Number = 1.0
+    after: Number = 1.0
+
+
+@dataclass
+class Batch:
+    """Parameters that one call can step: of one device, one type, one kind of state and one step count."""
+
+    rule: Rule
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    states: list[list[Tensor | QuantizedState]]  # one list per state of the rule
+    scalars: dict[str, Number]
+
+
+class MomentumOptimizer(torch.optim.Optimizer):
+    """
+    Base of the optimizers. Not built itself; a subclass sets `RULE` and `RANGES` and has `coefficients`.
+
+    State lies in `self.state[parameter]`: `step` (a float32 tensor without dimensions, on the CPU), and for each state
+    of the rule a tensor shaped like the parameter, in float32 for bfloat16 and float16 parameters, or with
+    `state_bits=8` uint8 codes and beside them `<name>_absmax`, the float32 maxima of blocks of 256.
+
+    Args:
+        params (`Iterable`):
+            Parameters, `(name, parameter)` pairs, or group dictionaries; a group may set any option for itself.
+        defaults (`dict`):
+            The subclass's own hyperparameters.
+        decay_form (`str`, *optional*, defaults to `"decoupled"`):
+            `"decoupled"` shrinks parameters by `lr * weight_decay` beside the step (Loshchilov and Hutter 2019),
+            `"l2"` adds `weight_decay * p` to the gradient.
+        cautious (`bool`, *optional*, defaults to `False`):
+            Whether to take only the part of a step whose sign the gradient shares; see [`mask_disagreement_`].
+        state_bits (`int`, *optional*, defaults to `32`):
+            `8` keeps the states of parameters from 4,096 numbers on in 8 bits; needs bitsandbytes.
+        implementation (`str`, *optional*, defaults to `"auto"`):
+            `"fused"`, `"foreach"` or `"single"`; `"auto"` takes fused where it can run, else foreach.
+
+    Raises:
+        ValueError: if a hyperparameter is outside its range; the message names the group.
+        TypeError: for complex or integer parameters.
+    """
+
+    RULE: ClassVar[Rule]
+    RANGES: ClassVar[Mapping[str, Allowed]]
+    # Numbers kept per parameter beside the tensors, with their values before the first step.
+    INITIAL_SCALARS: ClassVar[Mapping[str, float]] = {"step": 0.0}
+
+    def __init__(self, params: Any, defaults: dict[str, Any], modifiers: Modifiers) -> None:
+        if unknown := sorted(set(modifiers) - set(MODIFIER_DEFAULTS)):
+            raise TypeError(
+                f"{type(self).__name__} was given {unknown}. It takes {[*defaults, *MODIFIER_DEFAULTS]}: correct or "
+                "remove them."
+            )
+        algorithm = type(self).__name__.lower()
+        super().__init__(params, {**defaults, **MODIFIER_DEFAULTS, **modifiers, "algorithm": algorithm})
+
+    # ---- What a subclass says ----
+
+    def rule_of(self, group: Mapping[str, Any]) -> Rule:
+        """The rule that a group follows."""
+        return self.RULE
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Refuses hyperparameters that are allowed one by one, but not together."""
+
+    def coefficients(self, group: Mapping[str, Any], scalars: Mapping[str, Number]) -> dict[str, Number]:
+        """The rule's coefficients at this step, in the rule's order; `scalars["step"]` is 1 at the first."""
+        raise NotImplementedError
+
+    def momentum_key(self, group: Mapping[str, Any]) -> str:
+        """The hyperparameter that holds the group's momentum, `"betas"` for its first entry."""
+        return "betas" if "betas" in group else "momentum"
+
+    def advance(self, group: Mapping[str, Any], scalars: Mapping[str, Number]) -> dict[str, Number]:
+        """The scalars of this step, from those of the last."""
+        return {"step": scalars["step"] + 1}
+
+    def decay(self, group: Mapping[str, Any], scalars: Mapping[str, Number]) -> Decay:
+        """Weight decay at this step."""
+        if group["decay_form"] == "l2":
+            return Decay(l2=group["weight_decay"])
+        return Decay(before=1 - as_number(group["lr"]) * group["weight_decay"])
+
+    # ---- Groups ----
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group and checks it; see [`torch.optim.Optimizer.add_param_group`]."""
+        super().add_param_group(param_group)
+        try:
+            self._check_newest_group()
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _check_newest_group(self) -> None:
+        name, group, index = type(self).__name__, self.param_groups[-1], len(self.param_groups) - 1
+        check_hyperparameters(name, {**COMMON_RANGES, **self.RANGES}, group, self._good_values(), index)
+        self.check_group(group)
+        for parameter in group["params"]:
+            _check_parameter(name, parameter)
+        if group["state_bits"] == 8:
+            check_8bit_available(name)
+        if group["implementation"] == "fused":
+            fused.require()
+
+    def _good_values(self) -> dict[str, Any]:
+        """The default of every option, as advice."""
+        signature = inspect.signature(type(self)).parameters
+        return {**self.defaults, **{name: item.default for name, item in signature.items()}, **MODIFIER_DEFAULTS}
+
+    # ---- The step ----
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """
+        Performs one step.
+
+        Args:
+            closure (`Callable`, *optional*):
+                Computes the loss again and returns it.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for batch in self._batches(group):
+                self._step_batch(group, batch)
+        return loss
+
+    def _step_batch(self, group: dict[str, Any], batch: Batch) -> None:
+        coefficients = self.coefficients(group, batch.scalars)
+        decay = self.decay(group, batch.scalars)
+        implementation = group["implementation"]
+        if torch.compiler.is_compiling():
+            implementation = "single"
+        elif implementation in ("auto", "fused"):
+            reason = fused.why_not(batch.rule, batch.parameters[0], batch.gradients[0].dtype)
+            if reason is None:
+                fused.step_(batch, coefficients, decay, group["cautious"])
+                return
+            if implementation == "fused" and batch.rule.is_elementwise:
+                raise RuntimeError(
+                    f"{type(self).__name__}: implementation='fused' cannot step parameters such as one of shape "
+                    f"{tuple(batch.parameters[0].shape)}: {reason}. Use implementation='auto' or 'foreach' for them."
+                )
+            implementation = "foreach"
+        batches = [batch] if implementation == "foreach" else _one_by_one(batch)
+        for one in batches:
+            _step_in_torch(one, coefficients, decay, group["cautious"], as_list=implementation == "foreach")
+
+    def _batches(self, group: dict[str, Any]) -> Iterable[Batch]:
+        """The parameters of a group that have a gradient, with their states, sorted into batches."""
+        rule = self.rule_of(group)
+        batches: dict[tuple[Any, ...], Batch] = {}
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = self._prepared_state(parameter, group, rule)
+            scalars = self._advance_scalars(group, state)
+            states = [QuantizedState.find(state, name, kind) for name, kind in rule.states.items()]
+            # Numbers under torch.compile are tensors, which tell nothing apart: there each parameter is a batch.
+            count = (len(batches),) if torch.compiler.is_compiling() else tuple(scalars.values())
+            in_8_bits = tuple(isinstance(state, QuantizedState) for state in states)
+            key = (*_traits(parameter), in_8_bits, count)
+            batch = batches.setdefault(key, Batch(rule, [], [], [[] for _ in states], scalars))
+            batch.parameters.append(parameter)
+            batch.gradients.append(parameter.grad)
+            for collected, one in zip(batch.states, states, strict=True):
+                collected.append(one)
+        return batches.values()
+
+    def _prepared_state(self, parameter: Tensor, group: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
+        """The state of a parameter, made at its first step."""
+        if parameter.grad.is_sparse:  # type: ignore[union-attr]
+            raise RuntimeError(
+                f"{type(self).__name__} was given a sparse gradient of shape {tuple(parameter.shape)}; it takes dense "
+                "ones only. Build the embedding with sparse=False."
+            )
+        state = self.state[parameter]
+        for name, value in self.INITIAL_SCALARS.items():
+            if name not in state:
+                state[name] = torch.tensor(value)  # float32: torch.compile loses changes of a float64 one
+        for name, kind in rule.states.items():
+            if name not in state:
+                zeros = torch.zeros_like(parameter, dtype=_state_dtype(parameter), memory_format=torch.preserve_format)
+                in_8_bits = group["state_bits"] == 8 and kind != "exact" and is_large_enough(parameter)
+                state.update(QuantizedState.of(zeros, kind).tensors(name) if in_8_bits else {name: zeros})
+        return state
+
+    def _advance_scalars(self, group: Mapping[str, Any], state: dict[str, Any]) -> dict[str, Number]:
+        compiling = torch.compiler.is_compiling()
+        # In float64, since 1 - beta2 ** step loses half its digits in float32.
+        last = {name: state[name].double() if compiling else state[name].item() for name in self.INITIAL_SCALARS}
+        scalars = self.advance(group, last)
+        for name, value in scalars.items():
+            if isinstance(value, Tensor):
+                state[name].copy_(value)
+            else:
+                state[name].fill_(value)
+        return scalars
+
+    # ---- State dicts ----
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Loads what `state_dict()` returned; see [`torch.optim.Optimizer.load_state_dict`].
+
+        torch would cast all state to the type of its parameter; here float32 state of bfloat16 parameters and 8-bit
+        codes keep theirs.
+        """
+        super().load_state_dict({**state_dict, "state": {}})
+        ids = (index for group in state_dict["param_groups"] for index in group["params"])
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        for index, parameter in zip(ids, parameters, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                on_cpu = name in self.INITIAL_SCALARS
+                self.state[parameter][name] = value.clone() if on_cpu else value.to(parameter.device, copy=True)
+
+
+def _step_in_torch(
+    batch: Batch, coefficients: Mapping[str, Number], decay: Decay, cautious: bool, as_list: bool
+) -> None:
+    """One step by torch's own operators, over all parameters of the batch at once or, if there is one, on it alone."""
+    states = [[_dequantized(state) for state in states] for states in batch.states]
+    parameters = [_in_full_precision(parameter) for parameter in batch.parameters]
+    gradients = [_in_full_precision(gradient) for gradient in batch.gradients]
+
+    def together(tensors: list[Tensor]) -> Any:
+        return TensorList(tensors) if as_list else tensors[0]
+
+    gradient, values = together(gradients), together(parameters)
+    if not is_zero(decay.l2):
+        gradient = gradient.add(values, alpha=decay.l2)
+    step = batch.rule.function(gradient, *map(together, states), **coefficients)
+    if cautious:
+        step = mask_disagreement_(step, gradient)
+    values.mul_(decay.before).sub_(step)
+    if not is_zero(decay.after - 1):
+        values.mul_(decay.after)
+    for parameter, value in zip(batch.parameters, parameters, strict=True):
+        if value is not parameter:
+            parameter.copy_(value)
+    for kept, new in zip(batch.states, states, strict=True):
+        for state, value in zip(kept, new, strict=True):
+            if isinstance(state, QuantizedState):
+                state.quantize_(value)
+
+
+def _traits(parameter: Tensor) -> tuple[Any, ...]:
+    """What parameters must share to be stepped by one call."""
+    gradient_type = parameter.grad.dtype  # type: ignore[union-attr]
+    return parameter.device, parameter.dtype, gradient_type, parameter.is_contiguous(), type(parameter.data)
+
+
+def _one_by_one(batch: Batch) -> Iterator[Batch]:
+    for index, (parameter, gradient) in enumerate(zip(batch.parameters, batch.gradients, strict=True)):
+        states = [[states[index]] for states in batch.states]
+        yield Batch(batch.rule, [parameter], [gradient], states, batch.scalars)
+
+
+def _dequantized(state: Tensor | QuantizedState) -> Tensor:
+    return state.dequantize() if isinstance(state, QuantizedState) else state
+
+
+def _state_dtype(parameter: Tensor) -> torch.dtype:
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def _in_full_precision(tensor: Tensor) -> Tensor:
+    """The tensor itself where it is float32 or float64, else a float32 copy."""
+    return tensor.to(_state_dtype(tensor))
+
+
+def as_number(value: float | Tensor) -> Number:
+    """A hyperparameter as a float; a tensor stays one under `torch.compile`, so that a new value needs no new code."""
+    return value if torch.compiler.is_compiling() else float(value)
+
+
+def _check_parameter(optimizer_name: str, parameter: Tensor) -> None:
+    if not parameter.is_floating_point():
+        raise TypeError(
+            f"{optimizer_name} was given a parameter of type {parameter.dtype}. It steps real floating point numbers: "
+            "split complex parameters by torch.view_as_real, and leave quantized weights frozen."
+        )
