@@ -193,14 +193,14 @@ def muon(
     ns_coefficients: tuple[float, float, float],
     ns_steps: int,
     eps: float,
-    scale: str,
+    adjust_lr_fn: str,
 ) -> Tensor:
-    """Jordan et al. 2024; the scale of Liu et al. 2025, https://arxiv.org/abs/2502.16982, eq. 4, by `scale`."""
+    """Jordan et al. 2024; the scale of Liu et al. 2025, https://arxiv.org/abs/2502.16982, eq. 4."""
     mu = momentum
     s["b"] = mu * s.get("b", 0) + (1 - mu) * g
     o = orthogonalize((1 - mu) * g + mu * s["b"] if nesterov else s["b"], ns_coefficients, ns_steps, eps)
     rows, columns = g.shape
-    size = {"original": max(1, rows / columns) ** 0.5, "match_rms_adamw": 0.2 * max(rows, columns) ** 0.5}[scale]
+    size = {"original": max(1, rows / columns) ** 0.5, "match_rms_adamw": 0.2 * max(rows, columns) ** 0.5}[adjust_lr_fn]
     return lr * size * o
 
 
