@@ -172,7 +172,7 @@ def mars(
 ) -> Tensors:
     corrected = gradient.sub(previous_gradient).mul_(correction).add_(gradient)
     previous_gradient.copy_(gradient)
-    corrected.mul_(corrected.norm().reciprocal_().mul_(max_norm).clamp_(max=1))
+    corrected.mul_(corrected.norm().reciprocal().mul_(max_norm).clamp_(max=1))
     exp_avg.lerp_(corrected, gain)
     exp_avg_sq.mul_(beta2).addcmul_(corrected, corrected, value=gain_sq)
     return exp_avg.mul(momentum_size).div_(exp_avg_sq.mul(second_share).sqrt_().add_(eps))
@@ -198,7 +198,7 @@ def mask_disagreement_(step: Tensors, gradient: Tensors) -> Tensors:
     step and gradient differ in sign, the rest times `numel / (count + 1)` of each tensor.
     """
     agrees = step.mul(gradient).sign_().clamp_(min=0)
-    scale = agrees.norm(1).add_(1).reciprocal_().mul_(step.numel())
+    scale = agrees.norm(1).add(1).reciprocal().mul_(step.numel())
     return step.mul_(agrees).mul_(scale)
 
 

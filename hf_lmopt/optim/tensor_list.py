@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 class TensorList:
@@ -40,8 +41,10 @@ class TensorList:
             torch._foreach_add_(self.tensors, other)
         return self
 
-    def add(self, other: TensorList, alpha: float = 1) -> TensorList:
-        return TensorList(torch._foreach_add(self.tensors, other.tensors, alpha=alpha))
+    def add(self, other: TensorList | float, alpha: float = 1) -> TensorList:
+        if isinstance(other, TensorList):
+            return TensorList(torch._foreach_add(self.tensors, other.tensors, alpha=alpha))
+        return TensorList(torch._foreach_add(self.tensors, other))
 
     def sub_(self, other: TensorList) -> TensorList:
         torch._foreach_sub_(self.tensors, other.tensors)
@@ -79,9 +82,8 @@ class TensorList:
         torch._foreach_sign_(self.tensors)
         return self
 
-    def reciprocal_(self) -> TensorList:
-        torch._foreach_reciprocal_(self.tensors)
-        return self
+    def reciprocal(self) -> TensorList:
+        return TensorList(torch._foreach_reciprocal(self.tensors))
 
     def clamp_(self, min: float | None = None, max: float | None = None) -> TensorList:
         if min is not None:
@@ -91,7 +93,11 @@ class TensorList:
         return self
 
     def copy_(self, source: TensorList) -> TensorList:
-        torch._foreach_copy_(self.tensors, source.tensors)
+        if isinstance(self.tensors[0], DTensor):  # has no _foreach_copy_
+            for tensor, value in zip(self.tensors, source.tensors, strict=True):
+                tensor.copy_(value)
+        else:
+            torch._foreach_copy_(self.tensors, source.tensors)
         return self
 
     def norm(self, p: float = 2.0) -> TensorList:
