@@ -6,6 +6,8 @@ from typing import Any
 
 from . import fused
 from .base import MODIFIER_DEFAULTS, MomentumOptimizer
+from .muon import ORTHOGONAL_MOMENTUM
+from .newton_schulz import explain_route
 from .registry import OPTIMIZERS
 
 
@@ -33,6 +35,8 @@ def explain_implementation(optimizer: Any) -> str:
 
 
 def _explain(optimizer: MomentumOptimizer, group: dict[str, Any], rule: Any, parameter: Any) -> str:
+    if rule is ORTHOGONAL_MOMENTUM:
+        return f"Newton-Schulz steps {explain_route(parameter.data)}"
     if group["implementation"] in ("foreach", "single"):
         return f"{group['implementation']}, as asked for"
     reason = fused.why_not(rule, parameter, parameter.dtype)

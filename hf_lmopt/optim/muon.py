@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from .adamw import adam_coefficients
 from .base import Modifiers, MomentumOptimizer, as_number
 from .hyperparameters import DECAY_RATE, FLAG, NON_NEGATIVE, POSITIVE, Choice, Range
-from .newton_schulz import JORDAN_COEFFICIENTS, orthogonalize
+from .newton_schulz import JORDAN_COEFFICIENTS, expand_coefficients, orthogonalize
 from .rules import ADAPTIVE_MOMENTUM, Number, Rule, Tensors, linear_momentum
 from .tensor_list import TensorList
 
@@ -81,8 +81,9 @@ class Muon(MomentumOptimizer):
             Share of the old average that is kept, in [0, 1).
         nesterov (`bool`, *optional*, defaults to `True`):
             Whether to look ahead by one step of momentum.
-        ns_coefficients (`tuple[float, float, float]`, *optional*, defaults to `(3.4445, -4.775, 2.0315)`):
-            Coefficients of a Newton-Schulz step; see [`orthogonalize`].
+        ns_coefficients (`tuple` or `str`, *optional*, defaults to `(3.4445, -4.775, 2.0315)`):
+            Coefficients of the Newton-Schulz steps: one triple, a triple for each step, or `"polar_express"`; see
+            [`orthogonalize`].
         ns_steps (`int`, *optional*, defaults to `5`):
             Number of Newton-Schulz steps.
         ns_eps (`float`, *optional*, defaults to `1e-7`):
@@ -122,7 +123,7 @@ class Muon(MomentumOptimizer):
         lr: float = 1e-3,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: tuple[float, float, float] = JORDAN_COEFFICIENTS,
+        ns_coefficients: Any = JORDAN_COEFFICIENTS,
         ns_steps: int = 5,
         ns_eps: float = 1e-7,
         adjust_lr_fn: str = "match_rms_adamw",
@@ -144,6 +145,7 @@ class Muon(MomentumOptimizer):
         super().__init__(params, {**common, **of_matrices}, modifiers)
 
     def check_group(self, group: Mapping[str, Any]) -> None:
+        expand_coefficients(group["ns_coefficients"], group["ns_steps"])
         shapes = [tuple(parameter.shape) for parameter in group["params"] if parameter.ndim != 2]
         if group["algorithm"] == MATRIX and shapes:
             raise ValueError(

@@ -200,7 +200,9 @@ def muon(
     s["b"] = mu * s.get("b", 0) + (1 - mu) * g
     o = orthogonalize((1 - mu) * g + mu * s["b"] if nesterov else s["b"], ns_coefficients, ns_steps, eps)
     rows, columns = g.shape
-    size = {"original": max(1, rows / columns) ** 0.5, "match_rms_adamw": 0.2 * max(rows, columns) ** 0.5}[adjust_lr_fn]
+    size = {"original": max(1, rows / columns) ** 0.5, "match_rms_adamw": 0.2 * max(rows, columns) ** 0.5}[
+        adjust_lr_fn
+    ]
     return lr * size * o
 
 

@@ -53,10 +53,10 @@ def ademamix(g, states, gain, gain_slow, beta2, gain_sq, momentum_size, slow_siz
 
 
 def adan(
-    g, states, difference_share, gain, gain_diff, lookahead, beta3, gain_sq, momentum_size, diff_size, second_share, eps
+    g, states, diff_share, gain, gain_diff, lookahead, beta3, gain_sq, momentum_size, diff_size, second_share, eps
 ):
     m, e, v, previous = states
-    d = difference_share * (g - previous)
+    d = diff_share * (g - previous)
     ahead = g + lookahead * d
     states[:] = [m + gain * (g - m), e + gain_diff * (d - e), beta3 * v + gain_sq * ahead * ahead, g.clone()]
     m, e, v, _ = states
@@ -253,7 +253,7 @@ def test_every_value_of_a_half_type_is_read_and_written(dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_that_of_torch_at_ties_subnormals_and_overflow(dtype: torch.dtype) -> None:
     bits = torch.arange(0, 2**31 - 1, 2**12 - 1, dtype=torch.int64)
-    near_ties = torch.arange(2**15, dtype=torch.int64)[:, None] * 2**16 + torch.tensor([0x7FFF, 0x8000, 0x8001, 0x1000])
+    near_ties = torch.arange(2**15)[:, None] * 2**16 + torch.tensor([0x7FFF, 0x8000, 0x8001, 0x1000])
     values = torch.cat([bits, near_ties.flatten()]).to(torch.int32).view(torch.float32)
     values = torch.cat([values, -values])
     problem = Problem([torch.zeros_like(values, dtype=dtype)], [values], [])
@@ -298,8 +298,8 @@ def test_8_bit_states_are_the_nearest_entries_as_in_bitsandbytes(
     problem = Problem([p.to(dtype) for p in drawn.parameters], drawn.gradients, [buffer.views for buffer in codes])
 
     def decoded_states() -> list[list[torch.Tensor]]:
-        triples = zip(codes, absmax, codebooks, strict=True)
-        return [[dequantize(c, a, book) for c, a in zip(cs.views, as_.views, strict=True)] for cs, as_, book in triples]
+        rows = zip(codes, absmax, codebooks, strict=True)
+        return [[dequantize(*pair, book) for pair in zip(c.views, a.views, strict=True)] for c, a, book in rows]
 
     decoded = Problem(problem.parameters, problem.gradients, decoded_states())
     expected = reference_step(case, decoded, **MODIFIERS["all"])
@@ -420,12 +420,26 @@ def test_a_corrected_gradient_whose_squares_overflow_is_clipped_to_its_norm() ->
     assert_near(problem.parameters, expected.parameters)
 
 
-def test_no_parameters_and_empty_parameters_are_fine() -> None:
-    empty = torch.empty(0)
-    torch.ops.lmopt.fused_step_("plain_gradient", [empty], [empty], [], [], [], [1.0], 0.0, 1.0, 1.0, False)
-    torch.ops.lmopt.fused_step_(
-        "mars", [empty], [empty], [empty] * 3, [], [], list(RULE["mars"].coefficients), 0.0, 1.0, 1.0, True
-    )
+def test_empty_parameters_are_fine() -> None:
+    for case in (RULE["plain_gradient"], RULE["mars"]):
+        fused_step_(case, Problem.random(case, sizes=(0,)), cautious=True)
+
+
+def test_parameters_with_float32_and_8_bit_states_share_a_call() -> None:
+    case, books = RULE["adaptive_momentum"], [CODEBOOKS["dynamic"](True), CODEBOOKS["dynamic"](False)]
+    together = Problem.random(case, sizes=(600, 2000))
+    quantized = [quantize(row[1], book) for row, book in zip(together.states, books, strict=True)]
+    for row, (codes, _) in zip(together.states, quantized, strict=True):
+        row[1] = codes
+    alone = together.clone()
+    maxima = [maximum.clone() for _, maximum in quantized]
+    fused_step_(case, together, [tensor for _, absmax in quantized for tensor in (torch.empty(0), absmax)], books)
+    for i, (absmax, codebooks) in enumerate([((), ()), (maxima, books)]):
+        rows = [[row[i]] for row in alone.states]
+        fused_step_(case, Problem([alone.parameters[i]], [alone.gradients[i]], rows), absmax, codebooks)
+    assert all(torch.equal(a, b) for a, b in zip(together.parameters, alone.parameters, strict=True))
+    for row, other in zip(together.states, alone.states, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(row, other, strict=True))
 
 
 def refused_call(**changes: Any) -> None:
@@ -480,7 +494,7 @@ def test_lower_instruction_sets_pass_these_tests_too(instruction_set: str) -> No
     if INSTRUCTION_SETS.index(instruction_set) >= INSTRUCTION_SETS.index(load_extension().cpu_capability):
         pytest.skip("no lower than what this processor has")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n", "0", "-x", "--durations=0", str(Path(__file__))],
+        [sys.executable, "-m", "pytest", "-n", "0", "-x", str(Path(__file__))],
         env=os.environ | {"HF_LMOPT_CPU_CAPABILITY": instruction_set},
         capture_output=True,
         text=True,

@@ -171,6 +171,8 @@ def test_what_cannot_be_orthogonalised_is_refused() -> None:
         Muon([nn.Parameter(torch.zeros(3))])
     with pytest.raises(ValueError, match=r"algorithm='lion' is outside the choices \['muon', 'adamw'\]"):
         Muon([{"params": [nn.Parameter(torch.zeros(3, 3))], "algorithm": "lion"}])
+    with pytest.raises(ValueError, match=r"coefficients='jordan' with steps=5 is unknown"):
+        Muon([nn.Parameter(torch.zeros(3, 3))], ns_coefficients="jordan")
     with pytest.raises(ValueError, match=r"adjust_lr_fn='rms' is outside the choices"):
         Muon([nn.Parameter(torch.zeros(3, 3))], adjust_lr_fn="rms")
 

@@ -205,13 +205,9 @@ class Iteration {
     double squares = 0;  // of large gradients, float32 would overflow
     for (int64_t block = 0; block < row_blocks; ++block) squares += block_squares_[block];
     const double norm = std::sqrt(squares), divisor = norm < problem_.eps ? problem_.eps : norm;
-    // In two factors, since the inverse of a norm near the end of float32's range is subnormal.
-    const double first_factor = divisor > 0x1p64 ? 0x1p-64 : 1;
-    const __m512 factors[] = {
-        _mm512_set1_ps(static_cast<float>(first_factor)),
-        _mm512_set1_ps(static_cast<float>(1 / (divisor * first_factor)))};
+    const __m512 inverse = _mm512_set1_ps(static_cast<float>(1 / divisor));
     const auto load_scaled = [&](int64_t row, int64_t panel) {
-      return _mm512_mul_ps(_mm512_mul_ps(load_row<kType>(matrix, row, panel), factors[0]), factors[1]);
+      return _mm512_mul_ps(load_row<kType>(matrix, row, panel), inverse);
     };
     team_.run(row_blocks, [&](int64_t block, int64_t) {
       for (int64_t panel = 0; panel < panels; ++panel) {

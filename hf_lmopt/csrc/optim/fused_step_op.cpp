@@ -66,8 +66,8 @@ ElementType parameter_type(const Tensor& parameter, size_t i) {
   if (is_float32(parameter)) return ElementType::float32;
   const int32_t type = type_of(parameter);
   STD_TORCH_CHECK(
-      type == bfloat16 || type == float16, "parameters[", i, "] has a type that the fused step lacks. It takes float32,",
-      " bfloat16 and float16. Convert the parameter, or use the foreach step.");
+      type == bfloat16 || type == float16, "parameters[", i, "] has a type that the fused step lacks. It takes ",
+      "float32, bfloat16 and float16. Convert the parameter, or use the foreach step.");
   return type == bfloat16 ? ElementType::bfloat16 : ElementType::float16;
 }
 
@@ -77,8 +77,8 @@ void* checked_data(const Tensor& tensor, int64_t numel, const char* list, size_t
       tensor.numel() == numel, list, "[", i, "] has ", tensor.numel(), " elements. It needs ", numel,
       ", by the parameter it belongs to. Check the order of the lists.");
   STD_TORCH_CHECK(
-      tensor.is_contiguous(), list, "[", i, "] is not contiguous. The fused step walks through memory in order. Call ",
-      "contiguous(), or use the foreach step.");
+      tensor.is_contiguous(), list, "[", i, "] is not contiguous. The fused step walks through memory in order. ",
+      "Call contiguous(), or use the foreach step.");
   STD_TORCH_CHECK(
       tensor.is_cpu(), list, "[", i, "] is not on the CPU, but others of the call are. All must be on one device. Move ",
       "it there.");
@@ -109,7 +109,8 @@ std::vector<Codebook> prepare_codebooks(const Tensors& tables) {
       continue;
     }
     STD_TORCH_CHECK(
-        is_float32(tables[k]), "codebooks[", k, "] is not float32. A table of 256 float32 values is needed. Convert it.");
+        is_float32(tables[k]), "codebooks[", k, "] is not float32. A table of 256 float32 values is needed. ",
+        "Convert it.");
     codebooks.emplace_back(static_cast<const float*>(checked_data(tables[k], 256, "codebooks", k)));
     STD_TORCH_CHECK(
         codebooks.back().is_valid, "codebooks[", k, "] does not ascend within [-1, 1]. Nearest entries are searched ",
