@@ -64,6 +64,7 @@ from hf_lmopt.data.classification import (
     read_labeled_file,
 )
 from hf_lmopt.data.classifier_inputs import choose_max_length, encode_examples
+from hf_lmopt.optim.explain import explain_implementation
 from hf_lmopt.publishing.classification_report import build_measure, describe_metrics
 from hf_lmopt.publishing.confusion_matrix import plot_confusion_matrix
 from hf_lmopt.publishing.report import plot_training_curves
@@ -357,6 +358,7 @@ def save(
         },
         "training": {"steps": trainer.state.global_step, "seconds": round(seconds, 1)},
         "settings": describe_settings(recipe, args),
+        "optimizer_implementation": explain_implementation(trainer.optimizer.optimizer),
         **run_facts(args.seed, files),
     }
     write_json(folder / "results.json", results)

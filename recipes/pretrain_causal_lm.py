@@ -51,6 +51,7 @@ from hf_lmopt.data import (
 from hf_lmopt.data.corpus import Corpus, load_hub_corpus, read_corpus
 from hf_lmopt.data.documents import TXT_LAYOUTS
 from hf_lmopt.metrics.language_modeling import CorpusScore, score_corpus
+from hf_lmopt.optim.explain import explain_implementation
 from hf_lmopt.publishing import plot_training_curves, run_facts
 from hf_lmopt.publishing.results import portable_path
 
@@ -492,6 +493,7 @@ def save(
         "model": {"type": trainer.model.config.model_type, "parameters": trainer.model.num_parameters()},
         "samples": samples,
         "settings": {name: getattr(args, name) for name in REPORTED_SETTINGS},
+        "optimizer_implementation": explain_implementation(trainer.optimizer.optimizer),
         "text_sha256": {"train": text_sha256(corpus.train), "validation": text_sha256(corpus.validation)},
         **run_facts(args.seed, corpus.files),
     }

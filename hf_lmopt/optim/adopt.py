@@ -7,7 +7,8 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from .base import Decay, Modifiers, MomentumOptimizer, as_number
+from .base import Modifiers, MomentumOptimizer, as_number
+from .batch import Decay
 from .hyperparameters import DECAY_RATE, POSITIVE
 from .rules import ADOPT as ADOPT_RULE
 from .rules import Number, indicator

@@ -8,8 +8,8 @@ and the choice of what carries a step out:
 | implementation | what runs |
 |---|---|
 | `"fused"` | one pass over parameter, gradient and states in the compiled extension (`fused.py`) |
-| `"foreach"` | `torch._foreach_*` over all parameters of a group at once |
-| `"single"` | torch, one parameter at a time; what `torch.compile` sees |
+| `"foreach"` | `torch._foreach_*` over all parameters of a group at once (`torch_step.py`) |
+| `"single"` | torch, one parameter at a time; what `torch.compile` sees (`torch_step.py`) |
 
 Left out: sparse and complex parameters, and gradients through the step itself.
 """
@@ -17,14 +17,14 @@ Left out: sparse and complex parameters, and gradients through the step itself.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 
-from . import fused
+from . import fused, torch_step
+from .batch import Batch, Decay, full_precision, traits
 from .hyperparameters import (
     DECAY_FORMS,
     FLAG,
@@ -37,8 +37,7 @@ from .hyperparameters import (
     check_hyperparameters,
 )
 from .quantized_state import QuantizedState, check_8bit_available, is_large_enough
-from .rules import Number, Rule, is_zero, mask_disagreement_
-from .tensor_list import TensorList
+from .rules import Number, Rule
 
 
 # Of all optimizers, beside their own.
@@ -62,26 +61,6 @@ class Modifiers(TypedDict, total=False):
 
 
 MODIFIER_DEFAULTS = Modifiers(decay_form="decoupled", cautious=False, state_bits=32, implementation="auto")
-
-
-@dataclass(frozen=True)
-class Decay:
-    """Weight decay as three factors: `g + l2 * p` is the gradient, `(p * before - step) * after` the new parameter."""
-
-    l2: Number = 0.0
-    before: Number = 1.0
-    after: Number = 1.0
-
-
-@dataclass
-class Batch:
-    """Parameters that one call can step: of one device, one type, one kind of state and one step count."""
-
-    rule: Rule
-    parameters: list[Tensor]
-    gradients: list[Tensor]
-    states: list[list[Tensor | QuantizedState]]  # one list per state of the rule
-    scalars: dict[str, Number]
 
 
 class MomentumOptimizer(torch.optim.Optimizer):
@@ -220,9 +199,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
                     f"{tuple(batch.parameters[0].shape)}: {reason}. Use implementation='auto' or 'foreach' for them."
                 )
             implementation = "foreach"
-        batches = [batch] if implementation == "foreach" else _one_by_one(batch)
-        for one in batches:
-            _step_in_torch(one, coefficients, decay, group["cautious"], as_list=implementation == "foreach")
+        torch_step.step_(batch, coefficients, decay, group["cautious"], one_by_one=implementation == "single")
 
     def _batches(self, group: dict[str, Any]) -> Iterable[Batch]:
         """The parameters of a group that have a gradient, with their states, sorted into batches."""
@@ -237,7 +214,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
             # Numbers under torch.compile are tensors, which tell nothing apart: there each parameter is a batch.
             count = (len(batches),) if torch.compiler.is_compiling() else tuple(scalars.values())
             in_8_bits = tuple(isinstance(state, QuantizedState) for state in states)
-            key = (*_traits(parameter), in_8_bits, count)
+            key = (*traits(parameter), in_8_bits, count)
             batch = batches.setdefault(key, Batch(rule, [], [], [[] for _ in states], scalars))
             batch.parameters.append(parameter)
             batch.gradients.append(parameter.grad)
@@ -258,7 +235,9 @@ class MomentumOptimizer(torch.optim.Optimizer):
                 state[name] = torch.tensor(value)  # float32: torch.compile loses changes of a float64 one
         for name, kind in rule.states.items():
             if name not in state:
-                zeros = torch.zeros_like(parameter, dtype=_state_dtype(parameter), memory_format=torch.preserve_format)
+                zeros = torch.zeros_like(
+                    parameter, dtype=full_precision(parameter), memory_format=torch.preserve_format
+                )
                 in_8_bits = group["state_bits"] == 8 and kind != "exact" and is_large_enough(parameter)
                 state.update(QuantizedState.of(zeros, kind).tensors(name) if in_8_bits else {name: zeros})
         return state
@@ -291,60 +270,6 @@ class MomentumOptimizer(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 on_cpu = name in self.INITIAL_SCALARS
                 self.state[parameter][name] = value.clone() if on_cpu else value.to(parameter.device, copy=True)
-
-
-def _step_in_torch(
-    batch: Batch, coefficients: Mapping[str, Number], decay: Decay, cautious: bool, as_list: bool
-) -> None:
-    """One step by torch's own operators, over all parameters of the batch at once or, if there is one, on it alone."""
-    states = [[_dequantized(state) for state in states] for states in batch.states]
-    parameters = [_in_full_precision(parameter) for parameter in batch.parameters]
-    gradients = [_in_full_precision(gradient) for gradient in batch.gradients]
-
-    def together(tensors: list[Tensor]) -> Any:
-        return TensorList(tensors) if as_list else tensors[0]
-
-    gradient, values = together(gradients), together(parameters)
-    if not is_zero(decay.l2):
-        gradient = gradient.add(values, alpha=decay.l2)
-    step = batch.rule.function(gradient, *map(together, states), **coefficients)
-    if cautious:
-        step = mask_disagreement_(step, gradient)
-    values.mul_(decay.before).sub_(step)
-    if not is_zero(decay.after - 1):
-        values.mul_(decay.after)
-    for parameter, value in zip(batch.parameters, parameters, strict=True):
-        if value is not parameter:
-            parameter.copy_(value)
-    for kept, new in zip(batch.states, states, strict=True):
-        for state, value in zip(kept, new, strict=True):
-            if isinstance(state, QuantizedState):
-                state.quantize_(value)
-
-
-def _traits(parameter: Tensor) -> tuple[Any, ...]:
-    """What parameters must share to be stepped by one call."""
-    gradient_type = parameter.grad.dtype  # type: ignore[union-attr]
-    return parameter.device, parameter.dtype, gradient_type, parameter.is_contiguous(), type(parameter.data)
-
-
-def _one_by_one(batch: Batch) -> Iterator[Batch]:
-    for index, (parameter, gradient) in enumerate(zip(batch.parameters, batch.gradients, strict=True)):
-        states = [[states[index]] for states in batch.states]
-        yield Batch(batch.rule, [parameter], [gradient], states, batch.scalars)
-
-
-def _dequantized(state: Tensor | QuantizedState) -> Tensor:
-    return state.dequantize() if isinstance(state, QuantizedState) else state
-
-
-def _state_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
-
-
-def _in_full_precision(tensor: Tensor) -> Tensor:
-    """The tensor itself where it is float32 or float64, else a float32 copy."""
-    return tensor.to(_state_dtype(tensor))
 
 
 def as_number(value: float | Tensor) -> Number:

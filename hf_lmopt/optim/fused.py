@@ -7,18 +7,15 @@ Whether it can run is decided for parameters of one kind, and can be asked: [`wh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..build_extension import ExtensionUnavailable, load_extension
+from .batch import Batch, Decay
 from .quantized_state import QuantizedState
 from .rules import Rule
 
-
-if TYPE_CHECKING:
-    from .base import Batch, Decay
 
 FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,0 +1,50 @@
+"""What one step of an optimizer is about: parameters that can be stepped together, and their weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .quantized_state import QuantizedState
+from .rules import Number, Rule
+
+
+@dataclass(frozen=True)
+class Decay:
+    """Weight decay as three factors: `g + l2 * p` is the gradient, `(p * before - step) * after` the new parameter."""
+
+    l2: Number = 0.0
+    before: Number = 1.0
+    after: Number = 1.0
+
+
+@dataclass
+class Batch:
+    """Parameters that one call can step: of like [`traits`], with one kind of state and one step count."""
+
+    rule: Rule
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    states: list[list[Tensor | QuantizedState]]  # one list per state of the rule
+    scalars: dict[str, Number]
+
+    def one_by_one(self) -> Iterator[Batch]:
+        """A batch for each parameter."""
+        for index, (parameter, gradient) in enumerate(zip(self.parameters, self.gradients, strict=True)):
+            states = [[states[index]] for states in self.states]
+            yield Batch(self.rule, [parameter], [gradient], states, self.scalars)
+
+
+def traits(parameter: Tensor) -> tuple[Any, ...]:
+    """What parameters must share to be stepped by one call."""
+    gradient_type = parameter.grad.dtype  # type: ignore[union-attr]
+    return parameter.device, parameter.dtype, gradient_type, parameter.is_contiguous(), type(parameter.data)
+
+
+def full_precision(parameter: Tensor) -> torch.dtype:
+    """The type that a parameter is stepped and its state is kept in."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
