@@ -116,15 +116,14 @@ def main() -> None:
     elif args.time:
         write_json(args.output_dir / "timing.json", {**time_methods(Task()), **run_facts(SEEDS[0])})
     else:
-        run_missing_cells(args.output_dir / "cells.jsonl")
+        run_missing_cells(args.output_dir / "cells.jsonl", Task())
 
 
 # ---- Which cells ----
 
 
-def run_missing_cells(file: Path) -> None:
+def run_missing_cells(file: Path, task: "Task") -> None:
     """The next cell depends on what is finished, so it is chosen anew each time."""
-    task = Task()
     while (cell := next_cell(read_cells(file))) is not None:
         print(cell.key, flush=True)
         record = task.run(cell)
@@ -183,13 +182,13 @@ def final_cells(finished: dict[str, dict[str, Any]]) -> list[Cell]:
 class Task:
     """Text, tokens and model sizes of the pretraining recipe, loaded once for all cells."""
 
-    def __init__(self) -> None:
-        self.recipe = RecipeArguments(block_size=BLOCK_SIZE, eval_blocks=EVAL_BLOCKS)
+    def __init__(self, recipe: RecipeArguments | None = None) -> None:
+        self.recipe = recipe or RecipeArguments(block_size=BLOCK_SIZE, eval_blocks=EVAL_BLOCKS)
         self.corpus = load_corpus(self.recipe)
         self.tokenizer = load_tokenizer(self.recipe, self.corpus.train)
         self.blocks = {
-            "train": pack(self.tokenizer, clean(self.recipe, self.corpus.train), BLOCK_SIZE),
-            "validation": pack(self.tokenizer, clean(self.recipe, self.corpus.validation), BLOCK_SIZE),
+            name: pack(self.tokenizer, clean(self.recipe, documents), self.recipe.block_size)
+            for name, documents in (("train", self.corpus.train), ("validation", self.corpus.validation))
         }
 
     def build_trainer(self, cell: Cell) -> Any:
@@ -250,6 +249,7 @@ def time_methods(task: Task) -> dict[str, Any]:
         trainers[name] = task.build_trainer(Cell(name, method.middle_rate, FULL_STEPS, SEEDS[0]))
         with contextlib.redirect_stdout(io.StringIO()):
             trainers[name].create_optimizer_and_scheduler(FULL_STEPS)
+        trainers[name].current_gradient_accumulation_steps = 1  # train() would set it
     for _ in range(TIMED_ROUNDS):
         for name, trainer in trainers.items():
             step, optimizer = time_step(trainer)

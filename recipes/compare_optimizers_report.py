@@ -1,10 +1,13 @@
 """The report of compare_optimizers.py: a table in Markdown, a picture and results.json, from the finished cells."""
 
+import json
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from compare_optimizers import (
+    BATCH_SIZE,
+    BLOCK_SIZE,
     FRACTIONS,
     FULL_STEPS,
     GRID,
@@ -26,8 +29,6 @@ Cells = dict[str, dict[str, Any]]
 
 def write_report(folder: Path) -> None:
     """Writes `results.json`, `table.md` and `comparison.png` beside the cells."""
-    import json
-
     cells = read_cells(folder / "cells.jsonl")
     timing_file = folder / "timing.json"
     timing = json.loads(timing_file.read_text(encoding="utf-8")) if timing_file.exists() else None
@@ -142,7 +143,7 @@ def draw(results: dict[str, Any], file: Path) -> None:
     figure, (bars, tokens, seconds) = plt.subplots(1, 3, figsize=(13, 4.2), constrained_layout=True)
     draw_tuning(bars, results["tuning"])
     per_step = results["seconds_per_step"]
-    tokens_per_step = 1e-6 * 1024
+    tokens_per_step = 1e-6 * BATCH_SIZE * BLOCK_SIZE
     draw_curves(tokens, results["finals"], dict.fromkeys(METHODS, tokens_per_step), "million training tokens")
     if per_step:
         draw_curves(seconds, results["finals"], per_step, "seconds of training")
