@@ -9,7 +9,8 @@ All contenders of a method step the same parameters with the same gradients, by 
 turns the two measures: `a.mul_(x)` on one large tensor, which shows the memory bandwidth that an in-place update can
 have (a copy pays for write-allocation and is no ceiling), and torch's fused AdamW. Times are the least of many rounds.
 
-The bytes of a step are those that must move: parameter and state read and written, gradient read. Writes
+The bytes of a step are those that must move: parameter and state read and written, gradient read; for MARS gradient
+and last gradient read once more, since its norm must be known before the step. Writes
 `benchmarks/results/optimizers.json`; the last line printed is the summary.
 """
 
@@ -201,7 +202,10 @@ def measure_method(method: str) -> dict[str, Any]:
         optimizer = contender.build(parameters)
         steps[contender.label] = optimizer.step
         least_times({contender.label: optimizer.step}, parameters, rounds=2)  # the first builds, compiles, allocates
-        rows[contender.label] = {"bytes": bytes_of_a_step(parameters, optimizer), "state_mib": state_mib(optimizer)}
+        bytes_moved = bytes_of_a_step(parameters, optimizer)
+        if method == "mars":
+            bytes_moved += 2 * sum(parameter.nbytes for parameter in parameters)
+        rows[contender.label] = {"bytes": bytes_moved, "state_mib": state_mib(optimizer)}
         if isinstance(optimizer, MomentumOptimizer):
             rows[contender.label]["implementation"] = explain_implementation(optimizer)
     large = torch.ones(100_000_000)

@@ -51,7 +51,7 @@ INSTRUCTION_SETS = {"portable": (), "avx2": _AVX2, "avx512": _AVX512}
 OPTIONAL_INSTRUCTION_SETS = {"avx512_bf16": (*_AVX512, "-mavx512bf16")}
 
 
-class ExtensionUnavailable(RuntimeError):
+class ExtensionUnavailable(RuntimeError):  # noqa: N818 - it says what is the case, as torch's own do
     """The compiled extension cannot be had; the message says why and what to do."""
 
 
@@ -121,7 +121,7 @@ def _load(path: Path, origin: str) -> LoadedExtension:
 
 def _find_or_build_library() -> tuple[Path, str]:
     """The library for these sources, and where it came from."""
-    shipped = PACKAGE_DIR / f"liblmopt-{source_digest()}.so"
+    shipped = shipped_library()
     if shipped.exists():
         return shipped, "shipped"
     compiler = find_compiler()
@@ -134,6 +134,11 @@ def _find_or_build_library() -> tuple[Path, str]:
         start = time.perf_counter()
         build_library(cached, compiler)
         return cached, f"built in {time.perf_counter() - start:.0f} s"
+
+
+def shipped_library() -> Path:
+    """Where a wheel holds the library; named by its sources, so that one left from older sources is not loaded."""
+    return PACKAGE_DIR / f"liblmopt-{source_digest()}.so"
 
 
 def build_library(path: Path, compiler: list[str] | None = None) -> None:
@@ -170,8 +175,9 @@ def compile_commands(compiler: list[str], torch_dir: Path, build_dir: Path) -> d
             name = "-".join(source.relative_to(SOURCE_DIR).with_suffix("").parts)
             target = build_dir / f"{name}.{instruction_set}.o"
             flags = [*COMPILE_FLAGS, *machine_flags, f"-DLMOPT_INSTRUCTION_SET={instruction_set}"]
-            folders = [f"-I{SOURCE_DIR}", f"-fmacro-prefix-map={SOURCE_DIR}=csrc", "-isystem", str(torch_dir / "include")]
-            commands[target] = [*compiler, *flags, *folders, "-c", str(source), "-o", str(target)]
+            headers = [f"-I{SOURCE_DIR}", "-isystem", str(torch_dir / "include")]
+            names_in_messages = f"-fmacro-prefix-map={SOURCE_DIR}=csrc"
+            commands[target] = [*compiler, *flags, *headers, names_in_messages, "-c", str(source), "-o", str(target)]
     return commands
 
 
@@ -187,7 +193,7 @@ def _instruction_sets_of(source: Path) -> dict[str, tuple[str, ...]]:
 
 
 def source_digest(compiler: list[str] | None = None) -> str:
-    """A short hash over sources, flags and, if given, the compiler's version: equal where the library may be reused."""
+    """A short hash over sources, flags and, if given, the compiler's version: equal if the library may be reused."""
     digest = hashlib.sha256()
     digest.update(repr((COMPILE_FLAGS, LINK_FLAGS, INSTRUCTION_SETS, OPTIONAL_INSTRUCTION_SETS)).encode())
     digest.update(platform.machine().encode())

@@ -78,3 +78,4 @@ def step_(batch: Batch, coefficients: Mapping[str, float], decay: Decay, cautiou
         float(decay.after),
         cautious,
     )
+    torch.autograd.graph.increment_version(batch.parameters)  # an operator of the stable ABI does not

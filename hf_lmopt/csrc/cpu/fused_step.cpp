@@ -1,16 +1,14 @@
 // The fused optimizer step on a CPU: one pass over parameter, gradient and states, for any rule of optim/rules.h.
 //
 // Work is cut into blocks of kBlock elements, numbered through all tensors of a call, and each thread takes an equal
-// run of them. A block is worked on as rows of float32: in the tensor's own memory where that is float32, else in
-// scratch rows in the first cache, converted on the way in and out. A tensor's last, partial block is copied to
-// scratch and filled up with zeros, so that every loop has one length and rounds alike everywhere. Sums over a tensor
-// are taken per block, then in order: results do not depend on the number of threads.
+// run of them. A block is worked on as rows of float32 (rows.h), which are always whole, so that every loop has one
+// length and rounds alike everywhere. Sums over a tensor are taken per block, then in order: results do not depend on
+// the number of threads.
 #include "optim/fused_step.h"
 
 #include <cstring>
 
-#include "cpu/convert.h"
-#include "cpu/quantize.h"
+#include "cpu/rows.h"
 #include "optim/rules.h"
 #include "parallel.h"
 
@@ -24,97 +22,10 @@ namespace lmopt {
 namespace LMOPT_INSTRUCTION_SET {
 namespace {
 
-constexpr int64_t kGrainBlocks = 16;
+constexpr int64_t kGrainBlocks = 64;
 // Tensors that are summed over before they are stepped are taken so many blocks at a time: the second reading then
 // finds them in the shared cache.
-constexpr int64_t kBlocksInCache = 512;
-
-struct Position {
-  const FusedTensor& tensor;
-  int64_t offset;  // of the block's first element
-  int count;       // elements in the block, kBlock but for the last
-};
-
-// ---- rows of float32 ------------------------------------------------------------------------------------------------
-
-float* load_row(ElementType type, const void* data, const Position& at, float* scratch) {
-  if (type == ElementType::float32 && at.count == kBlock) {
-    return static_cast<float*>(const_cast<void*>(data)) + at.offset;
-  }
-  const uint16_t* halves = static_cast<const uint16_t*>(data) + at.offset;
-  switch (type) {
-    case ElementType::float32:
-      std::memcpy(scratch, static_cast<const float*>(data) + at.offset, at.count * sizeof(float));
-      break;
-    case ElementType::bfloat16:
-      bfloat16_to_float32(halves, scratch, at.count);
-      break;
-    case ElementType::float16:
-      float16_to_float32(halves, scratch, at.count);
-      break;
-  }
-  std::memset(scratch + at.count, 0, (kBlock - at.count) * sizeof(float));
-  return scratch;
-}
-
-void store_row(ElementType type, void* data, const Position& at, const float* row) {
-  uint16_t* halves = static_cast<uint16_t*>(data) + at.offset;
-  switch (type) {
-    case ElementType::float32:
-      if (at.count < kBlock) std::memcpy(static_cast<float*>(data) + at.offset, row, at.count * sizeof(float));
-      break;
-    case ElementType::bfloat16:
-      float32_to_bfloat16(row, halves, at.count);
-      break;
-    case ElementType::float16:
-      float32_to_float16(row, halves, at.count);
-      break;
-  }
-}
-
-float* load_state_row(const FusedStep& step, int state, const Position& at, float* scratch) {
-  const float* absmax = at.tensor.absmax[state];
-  if (absmax == nullptr) return load_row(ElementType::float32, at.tensor.states[state], at, scratch);
-  const uint8_t* codes = static_cast<const uint8_t*>(at.tensor.states[state]) + at.offset;
-  absmax += at.offset / kQuantizationBlock;
-  for (int i = 0; i < at.count; i += kQuantizationBlock) {
-    const int count = at.count - i < kQuantizationBlock ? at.count - i : kQuantizationBlock;
-    dequantize_block(*step.codebooks[state], absmax[i / kQuantizationBlock], codes + i, scratch + i, count);
-  }
-  std::memset(scratch + at.count, 0, (kBlock - at.count) * sizeof(float));
-  return scratch;
-}
-
-void store_state_row(const FusedStep& step, int state, const Position& at, const float* row) {
-  float* absmax = at.tensor.absmax[state];
-  if (absmax == nullptr) return store_row(ElementType::float32, at.tensor.states[state], at, row);
-  uint8_t* codes = static_cast<uint8_t*>(at.tensor.states[state]) + at.offset;
-  absmax += at.offset / kQuantizationBlock;
-  for (int i = 0; i < at.count; i += kQuantizationBlock) {
-    const int count = at.count - i < kQuantizationBlock ? at.count - i : kQuantizationBlock;
-    absmax[i / kQuantizationBlock] = quantize_block(*step.codebooks[state], row + i, codes + i, count);
-  }
-}
-
-// One block of a parameter, its gradient and its states.
-template <int num_states>
-struct Rows {
-  float* parameter;
-  const float* gradient;
-  float* states[num_states > 0 ? num_states : 1];
-  alignas(64) float scratch[2 + num_states][kBlock];
-
-  void load(const FusedStep& step, const Position& at) {
-    parameter = load_row(at.tensor.parameter_type, at.tensor.parameter, at, scratch[0]);
-    gradient = load_row(at.tensor.gradient_type, at.tensor.gradient, at, scratch[1]);
-    for (int k = 0; k < num_states; ++k) states[k] = load_state_row(step, k, at, scratch[2 + k]);
-  }
-
-  void store(const FusedStep& step, const Position& at) const {
-    store_row(at.tensor.parameter_type, at.tensor.parameter, at, parameter);
-    for (int k = 0; k < num_states; ++k) store_state_row(step, k, at, states[k]);
-  }
-};
+constexpr int64_t kBlocksInCache = 2048;
 
 // ---- loops over a block ---------------------------------------------------------------------------------------------
 
@@ -206,7 +117,7 @@ template <class AnyRule, class SumRows, class Finish>
 void reduce_tensors(const FusedStep& step, const SumRows& sum_rows, const Finish& finish) {
   for_each_block(step, [&](int64_t block, const Position& at) {
     RowsOf<AnyRule> rows;
-    rows.load(step, at);
+    rows.load_for_sum(step, at);
     step.block_sums[block] = sum_rows(at, rows);
   });
   for (int64_t index = 0; index < step.num_tensors; ++index) {

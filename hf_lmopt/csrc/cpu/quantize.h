@@ -1,4 +1,4 @@
-// Blocks of 8-bit codes to float32 and back: value = codebook[code] * absmax of the block.
+// Rows of 8-bit codes that share one maximum to float32 and back: value = codebook[code] * absmax.
 #pragma once
 
 #include "cpu/convert.h"
@@ -17,7 +17,7 @@ inline float largest_magnitude(const float* source, int count) {
   return float_of(static_cast<uint32_t>(largest));
 }
 
-// A block of zeros stays one, and so does one whose largest magnitude has no inverse in float32 (below 3e-39).
+// A row of zeros stays one, and so does one whose largest magnitude has no inverse in float32 (below 3e-39).
 inline float inverse_scale(float absmax) {
   return absmax < 0x1p-127f ? 0.0f : 1.0f / absmax;
 }
@@ -49,7 +49,7 @@ inline __mmask16 mask_of_first(int count) {
   return static_cast<__mmask16>(count < 16 ? (1 << count) - 1 : 0xffff);
 }
 
-inline void dequantize_block(const Codebook& codebook, float absmax, const uint8_t* codes, float* target, int count) {
+inline void dequantize_row(const Codebook& codebook, float absmax, const uint8_t* codes, float* target, int count) {
   for (int i = 0; i < count; i += 16) {
     const __mmask16 mask = mask_of_first(count - i);
     const __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, codes + i));
@@ -75,7 +75,7 @@ inline void find_codes(const Codebook& codebook, const float* source, float scal
 
 #else
 
-inline void dequantize_block(const Codebook& codebook, float absmax, const uint8_t* codes, float* target, int count) {
+inline void dequantize_row(const Codebook& codebook, float absmax, const uint8_t* codes, float* target, int count) {
   for (int i = 0; i < count; ++i) target[i] = codebook.values[codes[i]] * absmax;
 }
 
@@ -98,8 +98,8 @@ inline void find_codes(const Codebook& codebook, const float* source, float scal
 
 #endif
 
-// Writes the nearest codes and returns the block's absmax. A block with a NaN or an inf decodes to what is not finite.
-inline float quantize_block(const Codebook& codebook, const float* source, uint8_t* codes, int count) {
+// Writes the nearest codes and returns the row's absmax. A row with a NaN or an inf decodes to what is not finite.
+inline float quantize_row(const Codebook& codebook, const float* source, uint8_t* codes, int count) {
   const float absmax = largest_magnitude(source, count);
   find_codes(codebook, source, inverse_scale(absmax), codes, count);
   return absmax;

@@ -9,8 +9,8 @@ namespace lmopt {
 
 constexpr int kMaxStatesPerParameter = 4;
 constexpr int kMaxRuleCoefficients = 10;
-constexpr int kQuantizationBlock = 256;  // elements that share one maximum, as in bitsandbytes
-constexpr int kBlock = 1024;             // elements that a kernel takes at a time
+// Elements that a kernel takes at a time, and that share one maximum in an 8-bit state, as in bitsandbytes.
+constexpr int kBlock = 256;
 
 enum class ElementType { float32, bfloat16, float16 };
 
@@ -38,7 +38,7 @@ struct FusedStep {
   int64_t num_tensors;
   int64_t num_blocks;
   const Codebook* codebooks[kMaxStatesPerParameter];
-  double* block_sums;  // one per block, for rules or modifiers that need a sum over a tensor
+  double* block_sums;  // one per block, where a rule or a modifier needs a sum over each tensor, else null
   float coefficients[kMaxRuleCoefficients];
   float l2;
   float shrink_before;

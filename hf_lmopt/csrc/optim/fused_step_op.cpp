@@ -28,11 +28,13 @@ struct RuleInfo {
   const char* name;
   size_t num_states;
   size_t num_coefficients;
+  bool needs_sums;
 };
 
 #define LMOPT_RULE_INFO(name, AnyRule) \
   {#name, LMOPT_INSTRUCTION_SET::AnyRule::num_states, \
-   LMOPT_INSTRUCTION_SET::num_coefficients<LMOPT_INSTRUCTION_SET::AnyRule>()},
+   LMOPT_INSTRUCTION_SET::num_coefficients<LMOPT_INSTRUCTION_SET::AnyRule>(), \
+   LMOPT_INSTRUCTION_SET::AnyRule::clips_correction},
 constexpr RuleInfo kRules[] = {LMOPT_FOR_EACH_RULE(LMOPT_RULE_INFO)};
 #undef LMOPT_RULE_INFO
 
@@ -131,8 +133,7 @@ void set_state(
       "]. Convert it, or give these.");
   STD_TORCH_CHECK(
       is_float32(absmax[index]), "absmax[", index, "] is not float32. One float32 per block is needed. Convert it.");
-  const int64_t blocks = (target.numel + kQuantizationBlock - 1) / kQuantizationBlock;
-  target.absmax[k] = static_cast<float*>(checked_data(absmax[index], blocks, "absmax", index));
+  target.absmax[k] = static_cast<float*>(checked_data(absmax[index], num_blocks(target), "absmax", index));
 }
 
 std::vector<FusedTensor> describe_tensors(
@@ -184,7 +185,8 @@ void fused_step_cpu(
   step.num_tensors = static_cast<int64_t>(tensors.size());
   for (const FusedTensor& tensor : tensors) step.num_blocks += num_blocks(tensor);
   for (size_t k = 0; k < prepared.size(); ++k) step.codebooks[k] = &prepared[k];
-  std::vector<double> block_sums(static_cast<size_t>(step.num_blocks));
+  std::vector<double> block_sums;
+  if (cautious || kRules[rule_number].needs_sums) block_sums.resize(static_cast<size_t>(step.num_blocks));
   step.block_sums = block_sums.data();
   for (size_t c = 0; c < coefficients.size(); ++c) step.coefficients[c] = static_cast<float>(coefficients[c]);
   step.l2 = static_cast<float>(l2);
