@@ -235,11 +235,11 @@ def least_times(
     best, gradients = dict.fromkeys(steps, float("inf")), [parameter.grad for parameter in parameters]
     for _ in range(rounds):
         for label, step in steps.items():
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient  # heavyball takes them away
             begin = time.perf_counter()
             step()
             best[label] = min(best[label], time.perf_counter() - begin)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient  # heavyball takes them away
     return best
 
 

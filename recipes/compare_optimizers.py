@@ -71,8 +71,8 @@ class Method:
 METHODS: dict[str, Method] = {
     "adamw": Method("adamw", 1e-3),
     "adamw_cautious": Method("adamw", 1e-3, {"cautious": True}),
-    "sgd_nesterov": Method("sgd", 0.5, {"momentum": 0.9, "nesterov": True}),
-    "qhm": Method("qhm", 5.0),
+    "sgd_nesterov": Method("sgd", 0.1, {"momentum": 0.9, "nesterov": True}),
+    "qhm": Method("qhm", 1.0),
     "signum": Method("signum", 2e-4),
     "lion": Method("lion", 2e-4),
     "nadamw": Method("nadamw", 1e-3),

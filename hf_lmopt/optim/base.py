@@ -214,7 +214,8 @@ class MomentumOptimizer(torch.optim.Optimizer):
             # Numbers under torch.compile are tensors, which tell nothing apart: there each parameter is a batch.
             count = (len(batches),) if torch.compiler.is_compiling() else tuple(scalars.values())
             in_8_bits = tuple(isinstance(state, QuantizedState) for state in states)
-            key = (*traits(parameter), in_8_bits, count)
+            shape = () if rule.is_elementwise else parameter.shape
+            key = (*traits(parameter), in_8_bits, count, shape)
             batch = batches.setdefault(key, Batch(rule, [], [], [[] for _ in states], scalars))
             batch.parameters.append(parameter)
             batch.gradients.append(parameter.grad)

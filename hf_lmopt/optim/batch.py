@@ -32,11 +32,12 @@ class Batch:
     states: list[list[Tensor | QuantizedState]]  # one list per state of the rule
     scalars: dict[str, Number]
 
-    def one_by_one(self) -> Iterator[Batch]:
-        """A batch for each parameter."""
-        for index, (parameter, gradient) in enumerate(zip(self.parameters, self.gradients, strict=True)):
-            states = [[states[index]] for states in self.states]
-            yield Batch(self.rule, [parameter], [gradient], states, self.scalars)
+    def split(self, size: int) -> Iterator[Batch]:
+        """Batches of at most so many parameters, in order."""
+        for start in range(0, len(self.parameters), size):
+            part = slice(start, start + size)
+            states = [states[part] for states in self.states]
+            yield Batch(self.rule, self.parameters[part], self.gradients[part], states, self.scalars)
 
 
 def traits(parameter: Tensor) -> tuple[Any, ...]:

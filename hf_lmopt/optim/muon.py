@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from .adamw import adam_coefficients
 from .base import Modifiers, MomentumOptimizer, as_number
+from .batch import Batch
 from .hyperparameters import DECAY_RATE, FLAG, NON_NEGATIVE, POSITIVE, Choice, Range
 from .newton_schulz import JORDAN_COEFFICIENTS, expand_coefficients, orthogonalize
 from .rules import ADAPTIVE_MOMENTUM, Number, Rule, Tensors, linear_momentum
@@ -19,6 +20,7 @@ from .tensor_list import TensorList
 
 
 MATRIX, OTHER = "muon", "adamw"  # what a group's `algorithm` may be
+CPU_BATCH_BYTES = 32 << 20
 
 
 def orthogonal_momentum(
@@ -34,20 +36,17 @@ def orthogonal_momentum(
     adjust_lr_fn: str,
     is_transposed: bool,
 ) -> Tensors:
-    """Steps of matrices: their momentum, orthogonalised, all of one shape together."""
+    """Steps of matrices of one shape: their momentum, orthogonalised together."""
     gain = 1 - momentum
-    share = (
-        {"buffer_size": momentum, "gradient_size": gain} if nesterov else {"buffer_size": 1.0, "gradient_size": 0.0}
+    shares = (momentum, gain) if nesterov else (1.0, 0.0)
+    momenta = linear_momentum(
+        gradient, momentum_buffer, momentum=momentum, gain=gain, buffer_size=shares[0], gradient_size=shares[1]
     )
-    momenta = linear_momentum(gradient, momentum_buffer, momentum=momentum, gain=gain, **share)
     matrices = momenta.tensors if isinstance(momenta, TensorList) else [momenta]
-    steps: list[Any] = [None] * len(matrices)
-    for indices in _by_shape(matrices):
-        stacked = torch.stack([_whole(matrices[index]) for index in indices])
-        orthogonal = orthogonalize(stacked, ns_coefficients, ns_steps, ns_eps).to(stacked.dtype)
-        orthogonal *= size * _scale(matrices[indices[0]].shape, adjust_lr_fn, is_transposed)
-        for index, step in zip(indices, orthogonal.unbind(), strict=True):
-            steps[index] = _sharded_like(step, matrices[index])
+    stacked = torch.stack([_whole(matrix) for matrix in matrices])
+    orthogonal = orthogonalize(stacked, ns_coefficients, ns_steps, ns_eps).to(stacked.dtype)
+    orthogonal *= size * _scale(stacked.shape[1:], adjust_lr_fn, is_transposed)
+    steps = [_sharded_like(step, matrix) for step, matrix in zip(orthogonal.unbind(), matrices, strict=True)]
     return TensorList(steps) if isinstance(momenta, TensorList) else steps[0]
 
 
@@ -159,19 +158,18 @@ class Muon(MomentumOptimizer):
     def momentum_key(self, group: Mapping[str, Any]) -> str:
         return "momentum" if group["algorithm"] == MATRIX else "betas"
 
+    def _batches(self, group: dict[str, Any]) -> Iterable[Batch]:
+        """On a CPU few matrices at a time, which stay in the cache and need no fresh memory at every step."""
+        for batch in super()._batches(group):
+            matrix = batch.parameters[0]
+            on_cpu = group["algorithm"] == MATRIX and matrix.device.type == "cpu"
+            yield from batch.split(max(1, CPU_BATCH_BYTES // max(1, matrix.nbytes))) if on_cpu else (batch,)
+
     def coefficients(self, group: Mapping[str, Any], scalars: Mapping[str, Number]) -> dict[str, Number]:
         if group["algorithm"] == OTHER:
             return adam_coefficients(group, scalars["step"])
         names = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "ns_eps", "adjust_lr_fn", "is_transposed")
         return {"size": as_number(group["lr"]), **{name: group[name] for name in names}}
-
-
-def _by_shape(matrices: list[Tensor]) -> Iterable[list[int]]:
-    """Indices of matrices of one shape."""
-    indices: dict[torch.Size, list[int]] = {}
-    for index, matrix in enumerate(matrices):
-        indices.setdefault(matrix.shape, []).append(index)
-    return indices.values()
 
 
 def _scale(shape: torch.Size, adjust_lr_fn: str, is_transposed: bool) -> float:

@@ -34,7 +34,7 @@ def step_(
     if not one_by_one:
         _step(batch, TensorList, coefficients, decay, cautious)
         return
-    for one in batch.one_by_one():
+    for one in batch.split(1):
         _step(one, lambda tensors: tensors[0], coefficients, decay, cautious)
 
 
