@@ -8,10 +8,11 @@ Compares the optimizers of the package on the pretraining recipe's model, text a
 A cell is one training run. Each finished one is a line of `cells.jsonl` in --output_dir and is not run again.
 
 1. Tuning: every method with the same number of learning rates, each twice the last, over a short run with a whole
-   schedule; the rate with the least validation loss is the method's own.
-2. Length: the methods that did best there, and AdamW, over the whole length and parts of it, each a run with a
-   schedule of its own, with three seeds. The validation loss at the end of each is a point of the curve, so that "as
-   good as AdamW with 60 % of the tokens" compares two finished runs, not a finished one with one that is cut off.
+   schedule. AdamW and the optimizers that did best there, each with its best settings, are the finalists.
+2. Longer runs want lower rates: each finalist's best rate and half of it over the whole length; the better one stays.
+3. Length: the finalists over the whole length and parts of it, each a run with a schedule of its own, with three
+   seeds. The validation loss at the end of each is a point of the curve, so that "as good as AdamW with 60 % of the
+   tokens" compares two finished runs, not a finished one with one that is cut off.
 
 Weight decay is set so that rate times decay is the same for all methods at the middle of their grids.
 """
@@ -49,11 +50,12 @@ from hf_lmopt.publishing import run_facts
 OUTPUT_DIR = Path(__file__).parent.parent / "model_cards" / "wikitext2-optimizers"
 BATCH_SIZE, BLOCK_SIZE = 4, 256
 TUNING_STEPS, FULL_STEPS = 400, 1600
-FRACTIONS = (0.4, 0.5, 0.6, 0.8, 1.0)  # of the full length
+FRACTIONS = (0.4, 0.5, 0.6, 1.0)  # of the full length
+DECAY_RATIO = 0.8
 SEEDS = (42, 43, 44)
 GRID = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the middle rate of a method
 RATE_TIMES_DECAY = 1e-4
-NUM_FINALISTS = 4  # beside AdamW
+NUM_FINALISTS = 3  # beside AdamW
 EVAL_BLOCKS = 256
 TIMED_ROUNDS = 40
 
@@ -71,6 +73,9 @@ class Method:
 METHODS: dict[str, Method] = {
     "adamw": Method("adamw", 1e-3),
     "adamw_cautious": Method("adamw", 1e-3, {"cautious": True}),
+    "muon": Method("muon", 2e-3),
+    "muon_cautious": Method("muon", 2e-3, {"cautious": True}),
+    "muon_polar_express": Method("muon", 2e-3, {"ns_coefficients": "polar_express"}),
     "sgd_nesterov": Method("sgd", 0.1, {"momentum": 0.9, "nesterov": True}),
     "qhm": Method("qhm", 1.0),
     "signum": Method("signum", 2e-4),
@@ -81,9 +86,6 @@ METHODS: dict[str, Method] = {
     "adan": Method("adan", 2e-3),
     "adopt": Method("adopt", 1e-3),
     "mars": Method("mars", 2e-3),
-    "muon": Method("muon", 2e-3),
-    "muon_cautious": Method("muon", 2e-3, {"cautious": True}),
-    "muon_polar_express": Method("muon", 2e-3, {"ns_coefficients": "polar_express"}),
     "schedule_free_adamw": Method("schedule_free_adamw", 2e-3, scheduler="constant_with_warmup"),
 }
 
@@ -141,30 +143,46 @@ def read_cells(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def next_cell(finished: dict[str, dict[str, Any]]) -> Cell | None:
-    """First all of the tuning, then whole runs, then their parts."""
-    tuning = [cell for name in METHODS for cell in tuning_cells(name)]
-    missing = [cell for cell in tuning if cell.key not in finished]
-    if not missing:
-        missing = [cell for cell in final_cells(finished) if cell.key not in finished]
-    return missing[0] if missing else None
+    """The first cell that is missing, of the first stage that has any."""
+    for stage in (tuning_cells, retuning_cells, final_cells):
+        missing = [cell for cell in stage(finished) if cell.key not in finished]
+        if missing:
+            return missing[0]
+    return None
 
 
-def tuning_cells(name: str) -> list[Cell]:
+def tuning_cells(finished: dict[str, dict[str, Any]]) -> list[Cell]:
+    return [cell for name in METHODS for cell in grid_of(name)]
+
+
+def grid_of(name: str) -> list[Cell]:
     return [Cell(name, METHODS[name].middle_rate * factor, TUNING_STEPS, SEEDS[0]) for factor in GRID]
 
 
-def tuned_rate(name: str, finished: dict[str, dict[str, Any]]) -> float:
-    return min(tuning_cells(name), key=lambda cell: finished[cell.key]["validation_loss"]).learning_rate
+def best_of(cells: list[Cell], finished: dict[str, dict[str, Any]]) -> Cell:
+    return min(cells, key=lambda cell: finished[cell.key]["validation_loss"])
 
 
 def finalists(finished: dict[str, dict[str, Any]]) -> list[str]:
-    """AdamW, and the methods with the least loss after tuning."""
-
-    def tuned_loss(name: str) -> float:
-        return min(finished[cell.key]["validation_loss"] for cell in tuning_cells(name))
-
-    others = sorted((name for name in METHODS if name != "adamw"), key=tuned_loss)
+    """AdamW, and the optimizers with the least loss after tuning, each with the settings that did best."""
+    best = {name: best_of(grid_of(name), finished) for name in METHODS}
+    ranking = sorted(METHODS, key=lambda name: finished[best[name].key]["validation_loss"])
+    of_each_optimizer = {METHODS[name].optimizer: name for name in reversed(ranking) if name != "adamw"}
+    others = sorted(of_each_optimizer.values(), key=ranking.index)
     return ["adamw", *others[:NUM_FINALISTS]]
+
+
+def retuning_cells(finished: dict[str, dict[str, Any]]) -> list[Cell]:
+    return [cell for name in finalists(finished) for cell in rates_at_full_length(name, finished)]
+
+
+def rates_at_full_length(name: str, finished: dict[str, dict[str, Any]]) -> list[Cell]:
+    rate = best_of(grid_of(name), finished).learning_rate
+    return [Cell(name, each, FULL_STEPS, SEEDS[0]) for each in (rate, rate / 2)]
+
+
+def tuned_rate(name: str, finished: dict[str, dict[str, Any]]) -> float:
+    return best_of(rates_at_full_length(name, finished), finished).learning_rate
 
 
 def final_cells(finished: dict[str, dict[str, Any]]) -> list[Cell]:
@@ -183,7 +201,9 @@ class Task:
     """Text, tokens and model sizes of the pretraining recipe, loaded once for all cells."""
 
     def __init__(self, recipe: RecipeArguments | None = None) -> None:
-        self.recipe = recipe or RecipeArguments(block_size=BLOCK_SIZE, eval_blocks=EVAL_BLOCKS)
+        self.recipe = recipe or RecipeArguments(
+            block_size=BLOCK_SIZE, eval_blocks=EVAL_BLOCKS, decay_ratio=DECAY_RATIO
+        )
         self.corpus = load_corpus(self.recipe)
         self.tokenizer = load_tokenizer(self.recipe, self.corpus.train)
         self.blocks = {
@@ -222,6 +242,7 @@ class Task:
             trainer.train()
             loss = trainer.evaluate()["eval_loss"]
             score = evaluate(self.recipe, trainer, self.corpus.validation, "") if cell.steps == FULL_STEPS else None
+        facts = run_facts(cell.seed)
         return {
             "key": cell.key,
             "method": cell.method,
@@ -234,8 +255,7 @@ class Task:
             "implementation": explain_implementation(trainer.optimizer.optimizer),
             "seconds": time.perf_counter() - begin,
             "threads": torch.get_num_threads(),
-            "finished_at": run_facts(cell.seed)["finished_at"],
-            "git_commit": run_facts(cell.seed)["git_commit"],
+            **{name: facts[name] for name in ("finished_at", "git_commit")},
         }
 
 

@@ -15,9 +15,11 @@ from compare_optimizers import (
     SEEDS,
     final_cells,
     finalists,
+    grid_of,
     next_cell,
     read_cells,
-    tuning_cells,
+    retuning_cells,
+    tuned_rate,
 )
 
 from hf_lmopt.checkpointing import new_file, write_json, write_text
@@ -32,15 +34,18 @@ def write_report(folder: Path) -> None:
     cells = read_cells(folder / "cells.jsonl")
     timing_file = folder / "timing.json"
     timing = json.loads(timing_file.read_text(encoding="utf-8")) if timing_file.exists() else None
-    tuned = [name for name in METHODS if all(cell.key in cells for cell in tuning_cells(name))]
-    curves = loss_by_steps(cells) if len(tuned) == len(METHODS) else {}
+    tuned = [name for name in METHODS if all(cell.key in cells for cell in grid_of(name))]
+    is_tuned = len(tuned) == len(METHODS) and all(cell.key in cells for cell in retuning_cells(cells))
+    curves = loss_by_steps(cells) if is_tuned else {}
     results = {
         "task": "causal language modeling, one optimizer against another",
         "is_complete": next_cell(cells) is None,
         "grid": {"factors": GRID, "middle": {name: method.middle_rate for name, method in METHODS.items()}},
         "seeds": SEEDS,
         "tuning": {name: tuning_row(name, cells) for name in tuned},
-        "finals": {name: final_rows(name, curves, timing) for name in curves},
+        "finals": {
+            name: {"learning_rate": tuned_rate(name, cells), **final_rows(name, curves, timing)} for name in curves
+        },
         "seconds_per_step": timing and timing["seconds_per_step"],
         "optimizer_seconds": timing and timing["optimizer_seconds"],
         **run_facts(SEEDS[0]),
@@ -57,7 +62,7 @@ def write_report(folder: Path) -> None:
 
 
 def tuning_row(name: str, cells: Cells) -> dict[str, Any]:
-    losses = {cell.learning_rate: cells[cell.key]["validation_loss"] for cell in tuning_cells(name)}
+    losses = {cell.learning_rate: cells[cell.key]["validation_loss"] for cell in grid_of(name)}
     best = min(losses, key=losses.__getitem__)
     return {
         "learning_rates": list(losses),
@@ -109,8 +114,7 @@ def final_table(results: dict[str, Any]) -> str:
         shares = [f"{row[key]:.0%}" if row[key] else "not reached" for key in ("share_of_tokens", "share_of_time")]
         slowness = row["seconds_per_step_over_adamw"]
         time = f"x{slowness:.2f}" if slowness else ""
-        rate = results["tuning"][name]["best_rate"]
-        lines.append(f"| {name} | {rate:.3g} | {' | '.join(cells)} | {time} | {' | '.join(shares)} |")
+        lines.append(f"| {name} | {row['learning_rate']:.3g} | {' | '.join(cells)} | {time} | {' | '.join(shares)} |")
     return "\n".join(lines)
 
 

@@ -58,7 +58,8 @@ from hf_lmopt.publishing.results import portable_path
 
 WIKITEXT = Path(__file__).parent / "data" / "wikitext-2-raw-v1"
 QUICK_CHECK_STEPS, QUICK_CHECK_DOCUMENTS = 100, 4
-DEFAULT_MAX_STEPS = 3200
+DEFAULT_MAX_STEPS = 2000
+DEFAULT_OPTIMIZER = "muon"  # the best of recipes/compare_optimizers.py
 NEW_MODEL_OPTIONS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "config_overrides")
 REPORTED_SETTINGS = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "decay_form", "optim",
@@ -111,7 +112,7 @@ class RecipeArguments:
     embedding_lr_multiplier: float = option(
         10.0, "Learning-rate factor of the token embedding, unless --lr_multipliers has one; 1 for a trained model."
     )
-    decay_ratio: float = option(0.5, "Last part of the steps in which warmup_stable_decay lets the rate fall to 0.")
+    decay_ratio: float = option(0.8, "Last part of the steps in which warmup_stable_decay lets the rate fall to 0.")
     context_length: int | None = option(None, "Tokens in a window of the evaluation (default: block_size).")
     stride: int | None = option(None, "By how many tokens that window moves (default: half of context_length).")
     eval_documents: int | None = option(
@@ -134,9 +135,12 @@ class PretrainingArguments(LMOptArguments):
     output_dir: str = option("runs/pretrain_causal_lm", "Folder of the run; must not hold another one.")
     max_steps: int = option(DEFAULT_MAX_STEPS, "Optimizer steps. --num_train_epochs takes its place if given.")
     num_train_epochs: float = option(0.0, "Passes over the training text; 0 leaves it to --max_steps.")
-    per_device_train_batch_size: int = option(2, "Blocks per micro-batch.")
+    per_device_train_batch_size: int = option(4, "Blocks per micro-batch.")
     per_device_eval_batch_size: int = option(16, "Blocks or windows per batch of the evaluation.")
-    learning_rate: float = option(1e-3, "Peak learning rate.")
+    optimizer: str | None = option(
+        DEFAULT_OPTIMIZER, "Optimizer by name (`hf-lmopt optimizers` lists them); --optim takes its place if given."
+    )
+    learning_rate: float = option(2e-3, "Peak learning rate.")
     lr_scheduler_type: str = option("warmup_stable_decay", "Schedule of the learning rate.")
     warmup_steps: float = option(0.05, "Steps of warm-up, or their share of all steps if below 1.")
     weight_decay: float = option(0.1, "Weight decay; --decay_form says which kind.")
@@ -160,6 +164,8 @@ class PretrainingArguments(LMOptArguments):
                     "train. Only one can: leave one of them out."
                 )
             self.max_steps = -1
+        if self.optimizer == DEFAULT_OPTIMIZER and self.optim != type(self).__dataclass_fields__["optim"].default:
+            self.optimizer = None
         if self.early_stopping_patience is not None:
             self.load_best_model_at_end, self.metric_for_best_model = True, "eval_loss"
         super().__post_init__()
