@@ -238,3 +238,14 @@ def test_help_shows_the_commands_and_the_recipes_own_defaults(capsys):
     printed = capsys.readouterr().out
     assert "python recipes/pretrain_causal_lm.py --max_steps 20 " in printed
     assert "Schedule of the learning rate. (default: warmup_stable_decay)" in " ".join(printed.split())
+
+
+def test_the_default_optimizer_is_muon(run):
+    assert read_results(run())["settings"]["optimizer"] == "muon"
+
+
+def test_an_optim_that_is_given_takes_the_place_of_the_default_optimizer(run):
+    settings = read_results(run("--optim", "sgd"))["settings"]
+    assert (settings["optimizer"], settings["optim"]) == (None, "sgd")
+    with pytest.raises(ValueError, match="both name an optimizer"):
+        run("--optim", "sgd", "--optimizer", "lion")
