@@ -1,7 +1,7 @@
 """
 Pretrains a small causal language model on real text.
 
-    python recipes/pretrain_causal_lm.py                                # WikiText-2, about 10 minutes on two cores
+    python recipes/pretrain_causal_lm.py                                # WikiText-2, 5 to 10 minutes on two cores
     python recipes/pretrain_causal_lm.py --max_steps 20                 # the same, to see that it runs
     python recipes/pretrain_causal_lm.py recipes/configs/pretrain_gpt2.yaml
     python recipes/pretrain_causal_lm.py --train_file my.jsonl --validation_file my_validation.jsonl
