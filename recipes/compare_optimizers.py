@@ -107,6 +107,9 @@ class Cell:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=OUTPUT_DIR)
+    parser.add_argument(
+        "--tune", nargs="*", metavar="METHOD", help="Only tune these; processes with different ones run side by side."
+    )
     parser.add_argument("--time", action="store_true", help="Measure seconds per step of every method.")
     parser.add_argument("--report", action="store_true", help="Write the report from the cells so far.")
     args = parser.parse_args()
@@ -118,15 +121,15 @@ def main() -> None:
     elif args.time:
         write_json(args.output_dir / "timing.json", {**time_methods(Task()), **run_facts(SEEDS[0])})
     else:
-        run_missing_cells(args.output_dir / "cells.jsonl", Task())
+        run_missing_cells(args.output_dir / "cells.jsonl", Task(), args.tune)
 
 
 # ---- Which cells ----
 
 
-def run_missing_cells(file: Path, task: "Task") -> None:
+def run_missing_cells(file: Path, task: "Task", only_tune: list[str] | None = None) -> None:
     """The next cell depends on what is finished, so it is chosen anew each time."""
-    while (cell := next_cell(read_cells(file))) is not None:
+    while (cell := next_cell(read_cells(file), only_tune)) is not None:
         print(cell.key, flush=True)
         record = task.run(cell)
         with file.open("a", encoding="utf-8") as lines:
@@ -142,8 +145,11 @@ def read_cells(file: Path) -> dict[str, dict[str, Any]]:
     return {record["key"]: record for record in records}
 
 
-def next_cell(finished: dict[str, dict[str, Any]]) -> Cell | None:
+def next_cell(finished: dict[str, dict[str, Any]], only_tune: list[str] | None = None) -> Cell | None:
     """The first cell that is missing, of the first stage that has any."""
+    if only_tune is not None:
+        missing = [cell for name in only_tune for cell in grid_of(name) if cell.key not in finished]
+        return missing[0] if missing else None
     for stage in (tuning_cells, retuning_cells, final_cells):
         missing = [cell for cell in stage(finished) if cell.key not in finished]
         if missing:
