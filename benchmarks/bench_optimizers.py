@@ -41,20 +41,8 @@ VECTORS_OF_A_BLOCK = [(HIDDEN,)] * 4
 ROUNDS, MATRIX_ROUNDS = 12, 3
 LR = 1e-3
 
-# The settings under which a contender is the same method as ours.
-METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sgd": ("sgd", {"momentum": 0.9}),
-    "qhm": ("qhm", {}),
-    "signum": ("signum", {}),
-    "lion": ("lion", {}),
-    "adamw": ("adamw", {}),
-    "nadamw": ("nadamw", {}),
-    "qhadam": ("qhadam", {}),
-    "ademamix": ("ademamix", {}),
-    "adan": ("adan", {}),
-    "adopt": ("adopt", {}),
-    "mars": ("mars", {}),
-}
+METHODS = ("sgd", "qhm", "signum", "lion", "adamw", "nadamw", "qhadam", "ademamix", "adan", "adopt", "mars")
+OPTIONS: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}}  # else the defaults
 
 
 @dataclass
@@ -106,9 +94,9 @@ def contenders_of(method: str) -> list[Contender]:
         return [ours("muon", {}), Contender("torch Muon", lambda p: torch.optim.Muon(p, lr=LR)), *muon_peers()]
     if method.endswith("_8bit"):
         return eight_bit_contenders(method.removesuffix("_8bit"))
-    name, options = METHODS[method]
-    found = [ours(name, options), ours(name, {**options, "implementation": "foreach"})]
-    return found + torch_peers(method) + pytorch_optimizer_peers(method, options) + heavyball_peers(method)
+    options = OPTIONS.get(method, {})
+    found = [ours(method, options), ours(method, {**options, "implementation": "foreach"})]
+    return found + torch_peers(method) + pytorch_optimizer_peers(method) + heavyball_peers(method)
 
 
 def ours(name: str, options: dict[str, Any]) -> Contender:
@@ -137,7 +125,7 @@ def torch_peers(method: str) -> list[Contender]:
     return [contender(way) for way in ways]
 
 
-def pytorch_optimizer_peers(method: str, options: dict[str, Any]) -> list[Contender]:
+def pytorch_optimizer_peers(method: str) -> list[Contender]:
     import pytorch_optimizer
 
     names = {

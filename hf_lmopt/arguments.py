@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from .accumulation import LOSS_REDUCTIONS
 from .clipping import CLIP_STRATEGIES, check_clip_kwargs
 from .optim.hyperparameters import DECAY_FORMS
-from .optim.registry import choose_optimizer
+from .optim.registry import choose_optimizer, find_optimizer
 from .param_groups import check_param_group_options
 
 
@@ -140,6 +140,11 @@ class LMOptArgumentsMixin:
         """The options of [`build_param_groups`], without `lr` and `weight_decay`."""
         return {name: getattr(self, name) for name in PARAM_GROUP_FIELDS}
 
+    def adam_kwargs(self) -> dict[str, Any]:
+        """`betas` and `eps` as transformers' arguments have them, for the optimizers that read them."""
+        adam: Any = self  # fields of TrainingArguments
+        return {"betas": (adam.adam_beta1, adam.adam_beta2), "eps": adam.adam_epsilon}
+
     def changed_param_group_options(self) -> list[str]:
         """Names of the options that would change the parameter groups of a stock Trainer."""
         defaults = {item.name: item.default for item in fields(LMOptArgumentsMixin)}
@@ -154,13 +159,15 @@ class LMOptArguments(LMOptArgumentsMixin, TrainingArguments):
 def _check_optimizer(args: Any) -> None:
     """One optimizer, and no option without the optimizer that would read it."""
     if args.optimizer is not None:
-        choose_optimizer(args.optimizer, args.optimizer_kwargs, args.decay_form)
+        choose_optimizer(args.optimizer, args.optimizer_kwargs, args.decay_form, args.adam_kwargs())
+        _check_unread_options(args)
         if args.optim != type(args).__dataclass_fields__["optim"].default:
             raise ValueError(
                 f"optimizer={args.optimizer!r} and optim={str(args.optim)!r} both name an optimizer. Only one can "
                 "step: leave one of them out."
             )
-        if args.optimizer.startswith("schedule_free") and str(args.lr_scheduler_type.value) not in CONSTANT_SCHEDULES:
+        is_constant = args.lr_scheduler_type.value in CONSTANT_SCHEDULES
+        if find_optimizer(args.optimizer).has_averaged_weights and not is_constant:
             raise ValueError(
                 f"optimizer={args.optimizer!r} with lr_scheduler_type={args.lr_scheduler_type.value!r}: its averaging "
                 f"takes the place of a schedule, and a rate that falls would weight the average wrongly. Set "
@@ -176,6 +183,20 @@ def _check_optimizer(args: Any) -> None:
             f"decay_form={args.decay_form!r} was given without an optimizer, and transformers' optim decides its own "
             "form of decay. Set optimizer='adamw' or 'sgd'."
         )
+
+
+def _check_unread_options(args: Any) -> None:
+    """Options of transformers' optimizers that the chosen one would not read."""
+    names = ["optim_args"]
+    if not find_optimizer(args.optimizer).reads_adam_arguments:
+        names += ["adam_beta1", "adam_beta2", "adam_epsilon"]
+    for name in names:
+        value = getattr(args, name)
+        if value != type(args).__dataclass_fields__[name].default:
+            raise ValueError(
+                f"{name}={value!r} was given, and optimizer={args.optimizer!r} does not read it. Its options go into "
+                "optimizer_kwargs: put it there by its own name, or leave it out."
+            )
 
 
 def _check_trainer_arguments(args: Any) -> None:

@@ -124,10 +124,10 @@ def _find_or_build_library() -> tuple[Path, str]:
     shipped = shipped_library()
     if shipped.exists():
         return shipped, "shipped"
-    compiler = find_compiler()
-    cached = cache_dir() / f"liblmopt-{source_digest(compiler)}.so"
+    cached = cache_dir() / f"liblmopt-{source_digest()}.so"
     if cached.exists():
-        return cached, "cached"
+        return cached, "cached"  # no compiler is needed any more
+    compiler = find_compiler()
     with _file_lock(cached.with_suffix(".lock")):
         if cached.exists():
             return cached, "cached"  # another process built it while this one waited
@@ -192,16 +192,14 @@ def _instruction_sets_of(source: Path) -> dict[str, tuple[str, ...]]:
     return INSTRUCTION_SETS if is_x86 else {"portable": ()}
 
 
-def source_digest(compiler: list[str] | None = None) -> str:
-    """A short hash over sources, flags and, if given, the compiler's version: equal if the library may be reused."""
+def source_digest() -> str:
+    """A short hash over sources and flags: equal if a library may be reused."""
     digest = hashlib.sha256()
     digest.update(repr((COMPILE_FLAGS, LINK_FLAGS, INSTRUCTION_SETS, OPTIONAL_INSTRUCTION_SETS)).encode())
     digest.update(platform.machine().encode())
     for source in sorted(path for path in SOURCE_DIR.rglob("*") if path.suffix in (".cpp", ".h")):
         digest.update(str(source.relative_to(SOURCE_DIR)).encode())
         digest.update(source.read_bytes())
-    if compiler is not None:
-        digest.update(_run([*compiler, "--version"]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -280,7 +278,8 @@ def _run(command: list[str]) -> str:
     if result.returncode != 0:
         message = "\n".join(result.stderr.splitlines()[:MAX_ERROR_LINES])
         raise ExtensionUnavailable(
-            f"`{shlex.join(command)}` failed with status {result.returncode}. A compiler that knows C++17 is needed "
-            f"(g++ 10 or clang++ 10, or newer): install one, or set CXX to its path. Its message:\n{message}"
+            f"`{command[0]} ... {Path(command[-1]).name}` failed with status {result.returncode}. A compiler that "
+            "knows C++17 is needed (g++ 10 or clang++ 10, or newer): install one, or set CXX to its path. Its "
+            f"message:\n{message}"
         )
     return result.stdout

@@ -56,7 +56,6 @@ def build_param_groups(
             Factor for the B matrices of PEFT's LoRA.
         decay_embeddings (`bool`, *optional*, defaults to `True`):
             Whether embedding tables are decayed.
-
         group_keys (`Sequence[Callable]`, *optional*):
             Functions of the model, a parameter's name and its [`LayerDepth`] that return further keys for its group,
             such as [`~hf_lmopt.optim.hidden_matrices`] for Muon. Parameters with other answers get other groups.

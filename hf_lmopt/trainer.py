@@ -123,8 +123,7 @@ class LMOptMixin(_TrainerBase):
         args = self.args
         if args.optimizer is None:
             return self.get_optimizer_cls_and_kwargs(args, model if model is not None else self.model)
-        adam_kwargs = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-        return choose_optimizer(args.optimizer, args.optimizer_kwargs, args.decay_form, adam_kwargs)
+        return choose_optimizer(args.optimizer, args.optimizer_kwargs, args.decay_form, args.adam_kwargs())
 
     @staticmethod
     def _takes_groups(optimizer_class: Any, optimizer_kwargs: dict[str, Any]) -> bool:

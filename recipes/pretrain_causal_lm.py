@@ -138,7 +138,7 @@ class PretrainingArguments(LMOptArguments):
     per_device_train_batch_size: int = option(4, "Blocks per micro-batch.")
     per_device_eval_batch_size: int = option(16, "Blocks or windows per batch of the evaluation.")
     optimizer: str | None = option(
-        DEFAULT_OPTIMIZER, "Optimizer by name (`hf-lmopt optimizers` lists them); --optim takes its place if given."
+        None, f"Optimizer by name; `hf-lmopt optimizers` lists them. {DEFAULT_OPTIMIZER}, unless --optim is given."
     )
     learning_rate: float = option(2e-3, "Peak learning rate.")
     lr_scheduler_type: str = option("warmup_stable_decay", "Schedule of the learning rate.")
@@ -164,8 +164,8 @@ class PretrainingArguments(LMOptArguments):
                     "train. Only one can: leave one of them out."
                 )
             self.max_steps = -1
-        if self.optimizer == DEFAULT_OPTIMIZER and self.optim != type(self).__dataclass_fields__["optim"].default:
-            self.optimizer = None
+        if self.optimizer is None and self.optim == type(self).__dataclass_fields__["optim"].default:
+            self.optimizer = DEFAULT_OPTIMIZER
         if self.early_stopping_patience is not None:
             self.load_best_model_at_end, self.metric_for_best_model = True, "eval_loss"
         super().__post_init__()

@@ -102,6 +102,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "decay_form='l2' does not exist.*Set decay_form='decoupled'",
     ),
     "value": ({"optimizer": "lion", "optimizer_kwargs": "betas=[0.9,1]"}, r"betas\[1\]=1 is outside \[0, 1\)"),
+    "unread": (
+        {"optimizer": "lion", "adam_beta2": 0.5},
+        "adam_beta2=0.5 was given, and optimizer='lion' does not read",
+    ),
+    "optim_args": ({"optimizer": "adamw", "optim_args": "foo=1"}, "optim_args='foo=1' was given.*optimizer_kwargs"),
+    "adam": ({"optimizer": "adamw", "adam_beta1": 1.5}, r"betas\[0\]=1.5 is outside"),
     "schedule": ({"optimizer": "schedule_free_adamw"}, "lr_scheduler_type='linear'.*Set lr_scheduler_type to one of"),
     "average": ({"average_tokens_across_devices": False}, "average_tokens_across_devices=False.*Leave it at True"),
     "threshold": ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0 is no threshold.*0 .measure only. or more"),

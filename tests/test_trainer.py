@@ -185,6 +185,8 @@ def test_a_learning_rate_of_zero_that_was_given_is_kept(tmp_path: Any) -> None:
 def test_factory_refuses_bad_options_before_a_model_is_known() -> None:
     with pytest.raises(ValueError, match=r"optimizer='adamv' is unknown.*Did you mean adamw"):
         optimizer_factory("adamv", lr=1e-3)
+    with pytest.raises(ValueError, match=r"cannot give 'schedule_free_sgd'.*Use LMOptTrainer"):
+        optimizer_factory("schedule_free_sgd", lr=1e-3)
     with pytest.raises(ValueError, match="layer_lr_decay=2"):
         optimizer_factory("adamw", lr=1e-3, layer_lr_decay=2)
     with pytest.raises(TypeError, match="layer_decay"):

@@ -47,9 +47,12 @@ class MomentumSchedule(TrainerCallback):
 
         constant:  m
         cosine:    end + (m - end) * (1 + cos(pi * progress)) / 2
-        demon:     m * (1 - progress) / ((1 - m) + m * (1 - progress))    (Chen et al. 2019, https://arxiv.org/abs/1910.04952)
+        demon:     m * (1 - progress) / ((1 - m) + m * (1 - progress))
 
-    Composes with learning-rate schedules, which move another key of the group.
+    Demon is of Chen et al. 2019, https://arxiv.org/abs/1910.04952. A schedule composes with one of the learning rate,
+    which moves another key of the group. Optimizers of this package correct the bias of their first moment by the
+    betas that were; torch's Adam does so by the beta of the step, as if it had always been so, and overshoots in a
+    warm-up from far below. Under `torch.compile` a new momentum is new code at each step.
 
     Args:
         schedule (`str`, *optional*, defaults to `"constant"`):

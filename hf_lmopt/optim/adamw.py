@@ -43,6 +43,7 @@ class AdamW(MomentumOptimizer):
     """
 
     RULE = ADAPTIVE_MOMENTUM
+    CORRECTS_FIRST_MOMENT = True
     RANGES = {"betas": (DECAY_RATE, DECAY_RATE), "eps": NON_NEGATIVE}
 
     def __init__(
@@ -57,17 +58,17 @@ class AdamW(MomentumOptimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}, modifiers)
 
     def coefficients(self, group: Mapping[str, Any], scalars: Mapping[str, Number]) -> dict[str, Number]:
-        return adam_coefficients(group, scalars["step"])
+        return adam_coefficients(group, scalars["step"], self.first_moment_correction(group, scalars))
 
 
-def adam_coefficients(group: Mapping[str, Any], step: Number) -> dict[str, Number]:
-    """The coefficients of Adam's step in `adaptive_momentum`."""
+def adam_coefficients(group: Mapping[str, Any], step: Number, correction: Number) -> dict[str, Number]:
+    """The coefficients of Adam's step in `adaptive_momentum`; `correction` is what the first moment is divided by."""
     beta1, beta2 = group["betas"]
     return {
         "gain": 1 - beta1,
         "beta2": beta2,
         "gain_sq": 1 - beta2,
-        "momentum_size": as_number(group["lr"]) / (1 - beta1**step),
+        "momentum_size": as_number(group["lr"]) / correction,
         "gradient_size": 0.0,
         "second_share": 1 / (1 - beta2**step),
         "square_share": 0.0,

@@ -46,6 +46,7 @@ class Adan(MomentumOptimizer):
     """
 
     RULE = ADAN
+    CORRECTS_FIRST_MOMENT = True
     RANGES = {"betas": (DECAY_RATE, DECAY_RATE, DECAY_RATE), "eps": NON_NEGATIVE}
 
     def __init__(
@@ -68,7 +69,7 @@ class Adan(MomentumOptimizer):
             "lookahead": beta2,
             "beta3": beta3,
             "gain_sq": 1 - beta3,
-            "momentum_size": lr / (1 - beta1**step),
+            "momentum_size": lr / self.first_moment_correction(group, scalars),
             "diff_size": lr * beta2 / (1 - beta2**step),
             "second_share": 1 / (1 - beta3**step),
             "eps": group["eps"],

@@ -52,6 +52,7 @@ class AdEMAMix(MomentumOptimizer):
     """
 
     RULE = ADEMAMIX
+    CORRECTS_FIRST_MOMENT = True
     RANGES = {
         "betas": (DECAY_RATE, DECAY_RATE, DECAY_RATE),
         "alpha": NON_NEGATIVE,
@@ -91,7 +92,7 @@ class AdEMAMix(MomentumOptimizer):
             "gain_slow": 1 - slow_beta_at(group, step),
             "beta2": beta2,
             "gain_sq": 1 - beta2,
-            "momentum_size": lr / (1 - beta1**step),
+            "momentum_size": lr / self.first_moment_correction(group, scalars),
             "slow_size": lr * _alpha_at(group, step),
             "second_share": 1 / (1 - beta2**step),
             "eps": group["eps"],
@@ -105,7 +106,7 @@ def _alpha_at(group: Mapping[str, Any], step: Number) -> Number:
 
 def slow_beta_at(group: Mapping[str, Any], step: Number) -> Number:
     """`beta3_t` of the paper: exp of log(beta1) log(beta3) over their mixture by the share of the warm-up so far."""
-    beta1, _, beta3 = group["betas"]
+    beta1, _, beta3 = group.get("initial_momentum", group)["betas"]  # the start, where a schedule moves the first beta
     if not group["beta3_warmup"] or beta1 == beta3:
         return beta3
     share = smaller(step / group["beta3_warmup"], 1.0)

@@ -95,6 +95,8 @@ class MomentumOptimizer(torch.optim.Optimizer):
     RANGES: ClassVar[Mapping[str, Allowed]]
     # Numbers kept per parameter beside the tensors, with their values before the first step.
     INITIAL_SCALARS: ClassVar[Mapping[str, float]] = {"step": 0.0}
+    # Whether the first moment's bias is corrected by the first of `betas`.
+    CORRECTS_FIRST_MOMENT: ClassVar[bool] = False
 
     def __init__(self, params: Any, defaults: dict[str, Any], modifiers: Modifiers) -> None:
         if unknown := sorted(set(modifiers) - set(MODIFIER_DEFAULTS)):
@@ -124,7 +126,14 @@ class MomentumOptimizer(torch.optim.Optimizer):
 
     def advance(self, group: Mapping[str, Any], scalars: Mapping[str, Number]) -> dict[str, Number]:
         """The scalars of this step, from those of the last."""
-        return {"step": scalars["step"] + 1}
+        advanced = {"step": scalars["step"] + 1}
+        if "beta1_product" in scalars:
+            advanced["beta1_product"] = scalars["beta1_product"] * group["betas"][0]
+        return advanced
+
+    def first_moment_correction(self, group: Mapping[str, Any], scalars: Mapping[str, Number]) -> Number:
+        """What a first moment is divided by: 1 - beta1^t, under a momentum schedule 1 - the product of its betas."""
+        return 1 - scalars.get("beta1_product", group["betas"][0] ** scalars["step"])
 
     def decay(self, group: Mapping[str, Any], scalars: Mapping[str, Number]) -> Decay:
         """Weight decay at this step."""
@@ -150,7 +159,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
         for parameter in group["params"]:
             _check_parameter(name, parameter)
         if group["state_bits"] == 8:
-            check_8bit_available(name)
+            check_8bit_available(name, group["params"])
         if group["implementation"] == "fused":
             fused.require()
 
@@ -231,7 +240,7 @@ class MomentumOptimizer(torch.optim.Optimizer):
                 "ones only. Build the embedding with sparse=False."
             )
         state = self.state[parameter]
-        for name, value in self.INITIAL_SCALARS.items():
+        for name, value in self._initial_scalars(group, state).items():
             if name not in state:
                 state[name] = torch.tensor(value)  # float32: torch.compile loses changes of a float64 one
         for name, kind in rule.states.items():
@@ -243,10 +252,17 @@ class MomentumOptimizer(torch.optim.Optimizer):
                 state.update(QuantizedState.of(zeros, kind).tensors(name) if in_8_bits else {name: zeros})
         return state
 
+    def _initial_scalars(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> Mapping[str, float]:
+        if not (self.CORRECTS_FIRST_MOMENT and "initial_momentum" in group) or "beta1_product" in state:
+            return self.INITIAL_SCALARS
+        steps = float(state["step"]) if "step" in state else 0.0
+        return {**self.INITIAL_SCALARS, "beta1_product": group["initial_momentum"]["betas"][0] ** steps}
+
     def _advance_scalars(self, group: Mapping[str, Any], state: dict[str, Any]) -> dict[str, Number]:
         compiling = torch.compiler.is_compiling()
+        names = [name for name in (*self.INITIAL_SCALARS, "beta1_product") if name in state]
         # In float64, since 1 - beta2 ** step loses half its digits in float32.
-        last = {name: state[name].double() if compiling else state[name].item() for name in self.INITIAL_SCALARS}
+        last = {name: state[name].double() if compiling else state[name].item() for name in names}
         scalars = self.advance(group, last)
         for name, value in scalars.items():
             if isinstance(value, Tensor):
@@ -262,15 +278,57 @@ class MomentumOptimizer(torch.optim.Optimizer):
         Loads what `state_dict()` returned; see [`torch.optim.Optimizer.load_state_dict`].
 
         torch would cast all state to the type of its parameter; here float32 state of bfloat16 parameters and 8-bit
-        codes keep theirs.
+        codes keep theirs. A momentum that a schedule had moved is back at its own value, for the schedule to move on;
+        `implementation` stays as it is here.
+
+        Raises:
+            ValueError: if the state is of another method or precision.
         """
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            _check_same_method(saved, group, state_dict["state"])
+        implementations = [group["implementation"] for group in self.param_groups]
         super().load_state_dict({**state_dict, "state": {}})
+        for group, implementation in zip(self.param_groups, implementations, strict=True):
+            own_momentum = group.pop("initial_momentum", {})
+            group.update({**self.defaults, **group, **own_momentum, "implementation": implementation})
         ids = (index for group in state_dict["param_groups"] for index in group["params"])
         parameters = (parameter for group in self.param_groups for parameter in group["params"])
         for index, parameter in zip(ids, parameters, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
-                on_cpu = name in self.INITIAL_SCALARS
+                on_cpu = name in (*self.INITIAL_SCALARS, "beta1_product")
                 self.state[parameter][name] = value.clone() if on_cpu else value.to(parameter.device, copy=True)
+
+
+def _check_same_method(saved: Mapping[str, Any], group: Mapping[str, Any], states: Mapping[int, Any]) -> None:
+    before, now = method_of(saved, states), method_of(group, {})
+    if before is not None and before != now:
+        raise ValueError(
+            f"The state is that of {before}, and this optimizer is {now}. State cannot be carried over: load it into "
+            "the optimizer that it is from, or start anew."
+        )
+
+
+def method_of(group: Mapping[str, Any], states: Mapping[int, Any]) -> str | None:
+    """
+    The method that a group of a state dict belongs to, and the precision of its state.
+
+    Args:
+        group (`Mapping`):
+            A parameter group. One of this package says its `algorithm`; another's is known by the state it has.
+        states (`Mapping`):
+            The state dict's `state`.
+
+    Returns:
+        `str`: such as `"adamw in 32 bits"`; `None` for a group of another package that has no state.
+    """
+    if "algorithm" in group:
+        return f"{group['algorithm']} in {group['state_bits']} bits"
+    names = {name for index in group["params"] for name in states.get(index, {})}
+    if "train_mode" in group:
+        return "a schedule-free optimizer"
+    if names == {"step", "exp_avg", "exp_avg_sq"} and all("alpha" not in key for key in group):
+        return "adamw in 32 bits"  # torch's, whose state has the meaning of ours
+    return f"an optimizer with state called {', '.join(sorted(names))}" if names else None
 
 
 def as_number(value: float | Tensor) -> Number:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..param_groups import build_param_groups, check_param_group_options
-from .registry import choose_optimizer, group_keys_of
+from .explain import explain_implementation
+from .registry import OPTIMIZERS, choose_optimizer, group_keys_of
 
 
 def optimizer_factory(
@@ -29,7 +31,7 @@ def optimizer_factory(
             optimizer_cls_and_kwargs=optimizer_factory("adamw", lr=2e-5, weight_decay=0.01, layer_lr_decay=0.9))
     ```
 
-    This gives the layer-wise learning rates only. Gradients that are right under accumulation, the clipping logs and
+    This gives optimizer and learning rates only. Gradients that are right under accumulation, the clipping logs and
     the mapped resume need [`LMOptMixin`].
 
     Args:
@@ -51,8 +53,14 @@ def optimizer_factory(
         `tuple`: a factory that transformers calls as `factory()(model)`, and an empty dictionary.
 
     Raises:
-        ValueError: for an unknown name or option, here; for groups that do not fit the model, when it is known.
+        ValueError: for an unknown name or option, or a schedule-free optimizer, here; for groups that do not fit the
+            model, when it is known.
     """
+    if name in OPTIMIZERS and OPTIMIZERS[name].has_averaged_weights:
+        raise ValueError(
+            f"optimizer_factory cannot give {name!r}: a plain Trainer would save the weights of training, not their "
+            "average. Use LMOptTrainer with LMOptArguments(optimizer=...), or another optimizer."
+        )
     optimizer_class, kwargs = choose_optimizer(name, optimizer_kwargs, decay_form)
     check_param_group_options(**param_group_options)
     group_keys = group_keys_of(name, optimizer_kwargs)
@@ -61,6 +69,9 @@ def optimizer_factory(
         groups = build_param_groups(
             model, lr=lr, weight_decay=weight_decay, group_keys=group_keys, **param_group_options
         )
-        return optimizer_class(groups, lr=lr, weight_decay=weight_decay, **kwargs)
+        optimizer = optimizer_class(groups, lr=lr, weight_decay=weight_decay, **kwargs)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(explain_implementation(optimizer))
+        return optimizer
 
     return lambda: build_optimizer, {}

@@ -55,7 +55,7 @@ def why_not(rule: Rule, parameter: Tensor, gradient_dtype: torch.dtype) -> str |
 
 
 def step_(batch: Batch, coefficients: Mapping[str, float], decay: Decay, cautious: bool) -> None:
-    """Steps a batch in place; see [`~hf_lmopt.optim.elementwise.MomentumOptimizer`]."""
+    """Steps a batch in place; see [`~hf_lmopt.optim.MomentumOptimizer`]."""
     in_float32 = torch.empty(0)
     codebooks: list[Tensor] = []
     states: list[Tensor] = []

@@ -23,14 +23,14 @@ def hidden_matrices(model: nn.Module, name: str, depth: LayerDepth) -> dict[str,
     `algorithm="muon"` for the weights of linear layers inside the repeated blocks, else `"adamw"`.
 
     Matrices that map one hidden vector to another, whatever the class of their layer; `Conv1D` of GPT-2, which keeps
-    its weight as `[inputs, outputs]`, also gets `is_transposed=True`. Embeddings inside blocks (T5's position bias)
-    and marked matrices (the state matrices of state space models) are none.
+    its weight as `[inputs, outputs]`, also gets `is_transposed=True`. Embeddings inside blocks (T5's position bias),
+    vectors with a dimension of 1 beside (IA3) and the state matrices of state space models are none.
     """
     module_name, _, parameter_name = name.rpartition(".")
     module, parameter = model.get_submodule(module_name), model.get_parameter(name)
     is_outside = depth.layer in (HEAD, FINAL) or depth.layer.split(".")[-1] == EMBEDDINGS
     is_other = is_embedding_parameter(model, name) or is_norm_parameter(model, name) or parameter_name == "A_log"
-    if parameter.ndim != 2 or is_outside or is_other or "bias" in parameter_name:
+    if parameter.ndim != 2 or min(parameter.shape) == 1 or is_outside or is_other or "bias" in parameter_name:
         return {"algorithm": "adamw"}
     return {"algorithm": "muon", "is_transposed": type(module).__name__ == "Conv1D"}
 

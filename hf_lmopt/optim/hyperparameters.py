@@ -101,12 +101,14 @@ def check_hyperparameters(
 
     Raises:
         ValueError: for a value outside its range, a tensor that is no single number, or a wrong number of entries.
-        TypeError: for a value that is no number where one is needed.
+        TypeError: for a value that is no number where one is needed; `lr` may be a tensor of one number.
     """
     where = f"{optimizer_name}, parameter group {group_index}"
     for name, range_ in allowed.items():
         value = group[name]
         if not isinstance(range_, tuple):
+            if name == "lr" and isinstance(value, Tensor) and value.numel() == 1:
+                value = value.item()  # the others are read as numbers when a step is made
             _check(where, name, value, range_, defaults[name])
             continue
         if not isinstance(value, tuple | list) or len(value) != len(range_):
@@ -119,12 +121,9 @@ def check_hyperparameters(
 
 
 def _check(where: str, name: str, value: Any, allowed: Range | Choice | OptionalCount, advice: Any) -> None:
-    if isinstance(allowed, Range):
-        if isinstance(value, Tensor) and value.numel() == 1:
-            value = value.item()
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(
-                f"{where}: {name}={value!r} is no number. It must be one in {allowed}: use a value such as {advice}."
-            )
+    if isinstance(allowed, Range) and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise TypeError(
+            f"{where}: {name}={value!r} is no number. It must be one in {allowed}: use a value such as {advice}."
+        )
     if value not in allowed:
         raise ValueError(f"{where}: {name}={value!r} is outside {allowed}. Use a value such as {advice}.")

@@ -24,8 +24,9 @@ class MARS(MomentumOptimizer):
         v <- beta2 * v + (1 - beta2) * c^2
         p <- p - lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
-    The authors' code leaves vectors to plain AdamW; here all parameters follow one rule. State: three tensors per
-    parameter, of which the gradient of the last step stays in 32 bits.
+    The authors' code leaves vectors to plain AdamW, and starts from a last gradient of zeros; here all parameters
+    follow one rule, and the first step corrects nothing, as in the paper. State: three tensors per parameter, of which
+    the gradient of the last step stays in 32 bits.
 
     Args:
         params (`Iterable`):
@@ -50,6 +51,7 @@ class MARS(MomentumOptimizer):
     """
 
     RULE = MARS_RULE
+    CORRECTS_FIRST_MOMENT = True
     RANGES = {"betas": (DECAY_RATE, DECAY_RATE), "eps": NON_NEGATIVE, "gamma": NON_NEGATIVE, "max_norm": POSITIVE}
 
     def __init__(
@@ -73,7 +75,7 @@ class MARS(MomentumOptimizer):
             "gain": 1 - beta1,
             "beta2": beta2,
             "gain_sq": 1 - beta2,
-            "momentum_size": as_number(group["lr"]) / (1 - beta1**step),
+            "momentum_size": as_number(group["lr"]) / self.first_moment_correction(group, scalars),
             "second_share": 1 / (1 - beta2**step),
             "eps": group["eps"],
             "max_norm": group["max_norm"],

@@ -97,7 +97,8 @@ class Muon(MomentumOptimizer):
         weight_decay (`float`, *optional*, defaults to `0.0`):
             Weight decay, of both.
         modifiers:
-            `decay_form`, `cautious`, `state_bits` and `implementation`; see [`MomentumOptimizer`].
+            `decay_form`, `cautious`, `state_bits` and `implementation`; see [`MomentumOptimizer`]. The last is about
+            AdamW's part; matrices go the way that [`~hf_lmopt.optim.newton_schulz.explain_route`] tells.
 
     Raises:
         ValueError: if a hyperparameter is outside its range, or a parameter in a group of matrices is none.
@@ -167,7 +168,7 @@ class Muon(MomentumOptimizer):
 
     def coefficients(self, group: Mapping[str, Any], scalars: Mapping[str, Number]) -> dict[str, Number]:
         if group["algorithm"] == OTHER:
-            return adam_coefficients(group, scalars["step"])
+            return adam_coefficients(group, scalars["step"], self.first_moment_correction(group, scalars))
         names = ("momentum", "nesterov", "ns_coefficients", "ns_steps", "ns_eps", "adjust_lr_fn", "is_transposed")
         return {"size": as_number(group["lr"]), **{name: group[name] for name in names}}
 
@@ -175,7 +176,7 @@ class Muon(MomentumOptimizer):
 def _scale(shape: torch.Size, adjust_lr_fn: str, is_transposed: bool) -> float:
     rows, columns = reversed(shape) if is_transposed else shape
     if adjust_lr_fn == "original":
-        return max(1, rows / columns) ** 0.5
+        return max(1, rows / max(1, columns)) ** 0.5
     return 0.2 * max(rows, columns) ** 0.5
 
 

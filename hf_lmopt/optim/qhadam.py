@@ -43,6 +43,7 @@ class QHAdam(MomentumOptimizer):
     """
 
     RULE = ADAPTIVE_MOMENTUM
+    CORRECTS_FIRST_MOMENT = True
     RANGES = {"betas": (DECAY_RATE, DECAY_RATE), "nus": (SHARE, SHARE), "eps": NON_NEGATIVE}
 
     def __init__(
@@ -65,7 +66,7 @@ class QHAdam(MomentumOptimizer):
             "gain": 1 - beta1,
             "beta2": beta2,
             "gain_sq": 1 - beta2,
-            "momentum_size": lr * nu1 / (1 - beta1**step),
+            "momentum_size": lr * nu1 / self.first_moment_correction(group, scalars),
             "gradient_size": lr * (1 - nu1),
             "second_share": nu2 / (1 - beta2**step),
             "square_share": 1 - nu2,

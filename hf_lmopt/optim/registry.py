@@ -85,6 +85,11 @@ class OptimizerSpec:
         return {*self.defaults, *modifiers} - RESERVED_KWARGS
 
     @property
+    def has_averaged_weights(self) -> bool:
+        """Whether training and use have different weights, so that no schedule may be and saving must switch."""
+        return self.name.startswith("schedule_free")
+
+    @property
     def has_modifiers(self) -> bool:
         return issubclass(self.load_class(), MomentumOptimizer)
 

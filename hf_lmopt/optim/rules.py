@@ -1,8 +1,8 @@
 """
 The update rules of the elementwise optimizers: a gradient and the states in, the step to subtract out.
 
-Nine optimizers are seven rules: Lion and signum, SGD and QHM, AdamW, NAdamW and QHAdam differ in coefficients alone.
-Each rule is written once for tensors and runs on [`TensorList`] too; the compiled extension has the same seven in
+Eleven optimizers are eight rules: Lion and signum, SGD and QHM, AdamW, NAdamW and QHAdam differ in coefficients alone.
+Each rule is written once for tensors and runs on [`TensorList`] too; the compiled extension has the same eight in
 `csrc/optim/rules.h`. A rule changes its states in place and leaves the gradient alone. Its coefficients are numbers,
 or under `torch.compile` tensors without dimensions. What the letters of a paper become is said by each optimizer's
 `coefficients`; `reference.py` has the papers' own form.
@@ -198,7 +198,10 @@ def mask_disagreement_(step: Tensors, gradient: Tensors) -> Tensors:
     step and gradient differ in sign, the rest times `numel / (count + 1)` of each tensor.
     """
     agrees = step.mul(gradient).sign_().clamp_(min=0)
-    scale = agrees.norm(1).add(1).reciprocal().mul_(step.numel())
+    root_of_count = (
+        agrees.norm()
+    )  # whose square is exact beyond 2^24 numbers, where a float32 sum of ones stands still
+    scale = root_of_count.mul(root_of_count).add(1).reciprocal().mul_(step.numel())
     return step.mul_(agrees).mul_(scale)
 
 

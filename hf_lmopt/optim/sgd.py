@@ -84,11 +84,12 @@ class SGD(MomentumOptimizer):
             )
 
     def rule_of(self, group: Mapping[str, Any]) -> Rule:
-        return LINEAR_MOMENTUM if group["momentum"] else PLAIN_GRADIENT
+        # A schedule may pass through 0, which is no reason to forget.
+        return LINEAR_MOMENTUM if group.get("initial_momentum", group)["momentum"] else PLAIN_GRADIENT
 
     def coefficients(self, group: Mapping[str, Any], scalars: Mapping[str, Number]) -> dict[str, Number]:
         lr, momentum = as_number(group["lr"]), group["momentum"]
-        if not momentum:
+        if self.rule_of(group) is PLAIN_GRADIENT:
             return {"gradient_size": lr}
         in_velocity = group["momentum_form"] == "velocity"
         gain = 1 - group["dampening"] * indicator(scalars["step"] > 1)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from .base import method_of
+
 
 StateDict = Mapping[str, Any]
 
@@ -34,8 +36,7 @@ def check_same_algorithm(saved: StateDict, current: StateDict) -> None:
     """
     Refuses to go on with another method, or with state of another precision.
 
-    Momenta of different methods have the same names and other meanings. A group of this package says its `algorithm`;
-    one that does not is torch's, whose AdamW has the state of ours.
+    Momenta of different methods have the same names and other meanings; see [`method_of`].
 
     Args:
         saved (`Mapping`):
@@ -50,14 +51,14 @@ def check_same_algorithm(saved: StateDict, current: StateDict) -> None:
     for name, group in _group_by_name(current).items():
         if name not in saved_groups:
             continue
-        before, now = (
-            (each.get("algorithm", "adamw"), each.get("state_bits", 32)) for each in (saved_groups[name], group)
-        )
-        if before != now:
+        before, now = method_of(saved_groups[name], saved["state"]), method_of(group, {})
+        # torch's own optimizers are not told apart: what they do with each other's state is theirs to say.
+        is_known = "algorithm" in group or before not in (None, "adamw in 32 bits")
+        if is_known and before is not None and before != now and "algorithm" in {**group, **saved_groups[name]}:
             raise ValueError(
-                f"The checkpoint has state of {before[0]} in {before[1]} bits for {name}, and this run steps it with "
-                f"{now[0]} in {now[1]} bits. State cannot be carried over: resume with the optimizer of the "
-                "checkpoint, or start anew from its weights alone."
+                f"The checkpoint has state of {before} for {name}, and this run steps it with "
+                f"{now or 'an optimizer of another package'}. State cannot be carried over: resume with the optimizer "
+                "of the checkpoint, or start anew from its weights alone."
             )
 
 
@@ -115,7 +116,7 @@ def map_optimizer_state(saved: StateDict, current: StateDict) -> tuple[dict[str,
     Raises:
         ValueError: for a schedule-free optimizer, which keeps counters of the run in its groups.
     """
-    if any("train_mode" in group for group in current["param_groups"]):
+    if any("train_mode" in group for group in (*saved["param_groups"], *current["param_groups"])):
         raise ValueError(
             "The checkpoint has other parameter groups than this run, and a schedule-free optimizer keeps counters of "
             "its average in them. Resume with the settings of the checkpoint, or start anew from its weights alone."

@@ -100,9 +100,9 @@ class TensorList:
             torch._foreach_copy_(self.tensors, source.tensors)
         return self
 
-    def norm(self, p: float = 2.0) -> TensorList:
-        """The norm of each tensor, as tensors without dimensions."""
-        return TensorList(torch._foreach_norm(self.tensors, p))
+    def norm(self) -> TensorList:
+        """The 2-norm of each tensor, as tensors without dimensions."""
+        return TensorList(torch._foreach_norm(self.tensors))
 
     def numel(self) -> list[float]:
         """The number of elements of each tensor, fit for [`mul_`]."""

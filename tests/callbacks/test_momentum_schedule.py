@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from trainer_cases import build_trainer, same_weights, weights
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lmopt.callbacks import MomentumSchedule
+from hf_lmopt.optim import OPTIMIZERS as HF_LMOPT_OPTIMIZERS
 
 
 STEPS = 8
@@ -108,6 +110,35 @@ def test_a_resumed_run_goes_on_with_the_schedule(options: dict[str, Any], tmp_pa
     assert rest.momenta == watched.momenta[5:]
     assert same_weights(weights(whole.model), weights(resumed.model))
     assert "Resumed with other parameter groups" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["adamw", "nadamw", "qhadam", "ademamix", "adan", "mars"])
+def test_a_warmup_does_not_overshoot(name: str) -> None:
+    """With a constant gradient every corrected average is that gradient, whatever the momenta were."""
+    options = {"ademamix": {"alpha": 0.0, "beta3_warmup": 20}}.get(name, {})
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = HF_LMOPT_OPTIMIZERS[name].load_class()([parameter], lr=1.0, **options)
+    schedule, state = MomentumSchedule(warmup_steps=10), SimpleNamespace(max_steps=20, global_step=0)
+    schedule.on_train_begin(None, state, None, optimizer=optimizer)
+    for step in range(20):
+        state.global_step = step
+        schedule.on_step_begin(None, state, None, optimizer=optimizer)
+        parameter.grad = torch.full((3,), 0.5)
+        before = parameter.detach().clone()
+        optimizer.step()
+        torch.testing.assert_close(before - parameter.detach(), torch.ones(3), rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_that_goes_on_without_the_schedule_has_its_own_momentum_again(tmp_path: Path) -> None:
+    train(tmp_path / "a", MomentumSchedule("demon"), optimizer="lion", save_strategy="steps", save_steps=5)
+    resumed, watch = train(tmp_path / "b", None, optimizer="lion", resume=str(tmp_path / "a" / "checkpoint-5"))
+    assert {momentum for momenta in watch.momenta for momentum in momenta} == {0.9}
+    assert all("initial_momentum" not in group for group in resumed.optimizer.param_groups)
+
+
+def test_sgd_keeps_what_it_saw_while_its_momentum_was_zero(tmp_path: Path) -> None:
+    trainer, _ = train(tmp_path, MomentumSchedule(warmup_steps=2), max_steps=3, **OPTIMIZERS["sgd"][0])
+    assert all("momentum_buffer" in state for state in trainer.optimizer.state.values())
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

@@ -312,6 +312,9 @@ def test_8_bit_states_are_the_nearest_entries_as_in_bitsandbytes(
             exact = expected.states[k][i]
             theirs_codes, theirs_absmax = quantize(exact.float(), codebooks[k])
             torch.testing.assert_close(absmax[k].views[i], theirs_absmax, rtol=2e-6, atol=0)
+            if case.state_signs[k] == "u":  # what is not 0 stays so
+                assert ((state > 0) == (exact > 0)).all()
+                theirs_codes = torch.maximum(theirs_codes, (exact > 0).to(torch.uint8))
             theirs = dequantize(theirs_codes, theirs_absmax, codebooks[k])
             # The nearest entry, up to the rounding of the new state itself.
             slack = 2e-6 * exact.abs().max()

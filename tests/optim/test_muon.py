@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from optimizer_cases import random_parameters, set_random_gradients
+from peft import IA3Config, get_peft_model
 from tiny_models import (
     tiny_albert_classifier,
     tiny_bert_classifier,
@@ -164,6 +165,12 @@ def test_layer_decay_multipliers_and_lora_are_honoured_beside_the_algorithm() ->
             assert rates.pop(name) == (group["lr"], group["weight_decay"], group["layer"])
             assert (group["algorithm"] == "muon") == ("lora_" in name)
     assert not rates
+
+
+def test_vectors_with_a_dimension_beside_are_no_matrices() -> None:
+    config = IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])
+    groups = build_param_groups(get_peft_model(tiny_llama(), config), lr=0.1, group_keys=[hidden_matrices])
+    assert {group["algorithm"] for group in groups} == {"adamw"}
 
 
 def test_what_cannot_be_orthogonalised_is_refused() -> None:

@@ -290,6 +290,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "text": ("lion", {"lr": "fast"}, "lr='fast' is no number.*use a value such as"),
     "beta": ("lion", {"betas": (0.9, 1.0)}, r"betas\[1\]=1.0 is outside \[0, 1\).*such as 0.99"),
     "one beta": ("adamw", {"betas": (0.9,)}, r"betas=\(0.9,\) is not allowed. It takes 2 numbers"),
+    "tensor beta": ("lion", {"betas": (torch.tensor(0.9), 0.99)}, r"betas\[0\]=tensor.* is no number"),
     "momentum": ("sgd", {"momentum": 1.5}, r"momentum=1.5 is outside \[0, 1\)"),
     "nesterov": ("sgd", {"nesterov": True}, "nesterov=True with momentum=0.0.*set momentum=0.9"),
     "form": ("sgd", {"momentum_form": "nag"}, r"momentum_form='nag' is outside the choices \['torch', 'velocity'\]"),
@@ -367,6 +368,86 @@ def test_no_momentum_keeps_no_buffer() -> None:
     set_random_gradients([parameter], 0)
     optimizer.step()
     assert set(optimizer.state[parameter]) == {"step"}
+
+
+@pytest.mark.parametrize("implementation", ["auto", "foreach"])
+@pytest.mark.parametrize("name", ["adamw", "nadamw", "qhadam", "ademamix", "adan", "adopt", "mars_unclipped"])
+def test_8_bit_state_never_makes_a_step_of_any_size(name: str, implementation: str) -> None:
+    """Half of each block has gradients a thousand times smaller: rounded to 0, its second moment would divide by 0."""
+    scales = torch.where(torch.arange(8192) % 2 == 0, 1.0, 1e-3)
+    parameter = torch.nn.Parameter(torch.zeros(8192))
+    optimizer = build_optimizer(name, [parameter], lr=1.0, state_bits=8, implementation=implementation)
+    generator, largest = torch.Generator().manual_seed(0), 0.0
+    for _ in range(60):
+        before = parameter.detach().clone()
+        parameter.grad = scales * torch.randn(8192, generator=generator)
+        optimizer.step()
+        largest = max(largest, float((parameter.detach() - before).abs().max()))
+    assert largest < 8  # in 32 bits at most 5, AdEMAMix's with its two averages
+
+
+def test_8_bit_state_follows_that_of_32_bits() -> None:
+    for name in CASES:
+        if name in ("sgd", "signsgd"):
+            continue
+        whole, short = random_parameters(((80, 64),), torch.float32), random_parameters(((80, 64),), torch.float32)
+        optimizers = build_optimizer(name, whole), build_optimizer(name, short, state_bits=8)
+        start = whole[0].detach().clone()
+        for step in range(6):
+            for each, optimizer in zip((whole, short), optimizers, strict=True):
+                set_random_gradients(each, step)
+                optimizer.step()
+        error = (short[0] - whole[0]).norm() / (whole[0] - start).norm()
+        assert 0 < float(error) < 0.15, name
+
+
+@pytest.mark.parametrize("implementation", ["auto", "foreach", "single"])
+def test_the_count_of_a_cautious_step_is_exact_for_large_tensors(implementation: str) -> None:
+    """A float32 sum of ones stands still at 2^24 = 16.8 million."""
+    parameter = torch.nn.Parameter(torch.zeros(20_000_000))
+    optimizer = build_optimizer("signum", [parameter], lr=1.0, cautious=True, implementation=implementation)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert float(parameter.detach()[0]) == pytest.approx(-1, rel=1e-6)
+
+
+def test_state_of_another_method_or_precision_is_refused() -> None:
+    def stepped(optimizer_class: Any, **options: Any) -> Any:
+        (parameter,) = random_parameters(((80, 64),), torch.float32)
+        optimizer = optimizer_class([parameter], lr=0.1, **options)
+        set_random_gradients([parameter], 0)
+        optimizer.step()
+        return optimizer
+
+    adamw = stepped(AdamW)
+    for other, message in (
+        (stepped(Lion), "that of lion in 32 bits, and this optimizer is adamw in 32 bits"),
+        (stepped(AdamW, state_bits=8), "that of adamw in 8 bits"),
+        (stepped(torch.optim.RMSprop), "that of an optimizer with state called square_avg, step"),
+        (stepped(torch.optim.Adam, amsgrad=True), "state called exp_avg, exp_avg_sq, max_exp_avg_sq, step"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            adamw.load_state_dict(other.state_dict())
+
+
+def test_adamw_goes_on_with_the_state_of_torchs_and_keeps_its_own_implementation() -> None:
+    parameters, twins = random_parameters(), random_parameters()
+    theirs = torch.optim.AdamW(twins, lr=0.05, weight_decay=0.1)
+    set_random_gradients(twins, 0)
+    theirs.step()
+    ours = build_optimizer("adamw", parameters, implementation="single")
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["implementation"] == "single"
+    for parameter, twin in zip(parameters, twins, strict=True):
+        parameter.data.copy_(twin)
+    for each, optimizer in ((parameters, ours), (twins, theirs)):
+        set_random_gradients(each, 1)
+        optimizer.step()
+    for parameter, twin in zip(parameters, twins, strict=True):
+        torch.testing.assert_close(parameter, twin)
+    other = build_optimizer("adamw", random_parameters(), implementation="foreach")
+    other.load_state_dict(ours.state_dict())
+    assert other.param_groups[0]["implementation"] == "foreach"
 
 
 def test_a_fused_step_that_cannot_be_is_refused_and_not_replaced() -> None:

@@ -60,6 +60,8 @@ def work(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     assert all(isinstance(parameter, DTensor) for parameter in parameters(rank))
+    with pytest.raises(ValueError, match=r"state_bits=8 with sharded parameters.*Use state_bits=32"):
+        OPTIMIZERS["lion"].load_class()(parameters(rank), state_bits=8)
     results = {name: run(name, rank) for name in SETTINGS}
     if rank == 0:
         torch.save({name: [value.detach() for value in values] for name, values in results.items()}, f"{folder}/r.pt")

@@ -14,7 +14,9 @@ Codebook::Codebook(const float* ascending_values) {
   for (int first = 1, stride = 256; first < 256; first *= 2, stride /= 2) {
     for (int node = 0; node < first; ++node) {
       const int right = node * stride + stride / 2;
-      tree[first + node] = 0.5f * (values[right - 1] + values[right]);
+      const float left = values[right - 1];
+      // A second moment that is not 0 must not become 0, since the step divides by its root.
+      tree[first + node] = right == 1 && left == 0.0f ? 0.0f : 0.5f * (left + values[right]);
     }
   }
 }

@@ -1,4 +1,4 @@
-// What the operator hands to a kernel of the fused step: plain pointers, already checked (fused_step.cpp).
+// What the operator hands to a kernel of the fused step: plain pointers, already checked (fused_step_op.cpp).
 #pragma once
 
 #include <cstdint>
