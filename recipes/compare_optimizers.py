@@ -275,7 +275,9 @@ def time_methods(task: Task) -> dict[str, Any]:
         trainers[name] = task.build_trainer(Cell(name, method.middle_rate, FULL_STEPS, SEEDS[0]))
         with contextlib.redirect_stdout(io.StringIO()):
             trainers[name].create_optimizer_and_scheduler(FULL_STEPS)
-        trainers[name].current_gradient_accumulation_steps = 1  # train() would set it
+        # What train() would do: bfloat16 comes by preparing the model.
+        trainers[name].accelerator.prepare_model(trainers[name].model)
+        trainers[name].current_gradient_accumulation_steps = 1
     for _ in range(TIMED_ROUNDS):
         for name, trainer in trainers.items():
             step, optimizer = time_step(trainer)
