@@ -212,16 +212,17 @@ class MomentumOptimizer(torch.optim.Optimizer):
 
     def _batches(self, group: dict[str, Any]) -> Iterable[Batch]:
         """The parameters of a group that have a gradient, with their states, sorted into batches."""
-        rule = self.rule_of(group)
+        rule, scalar_names = self.rule_of(group), self._scalar_names(group)
+        compiling = torch.compiler.is_compiling()
         batches: dict[tuple[Any, ...], Batch] = {}
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
-            state = self._prepared_state(parameter, group, rule)
-            scalars = self._advance_scalars(group, state)
+            state = self._prepared_state(parameter, group, rule, scalar_names)
+            scalars = self._advance_scalars(group, state, scalar_names, compiling)
             states = [QuantizedState.find(state, name, kind) for name, kind in rule.states.items()]
             # Numbers under torch.compile are tensors, which tell nothing apart: there each parameter is a batch.
-            count = (len(batches),) if torch.compiler.is_compiling() else tuple(scalars.values())
+            count = (len(batches),) if compiling else tuple(scalars.values())
             in_8_bits = tuple(isinstance(state, QuantizedState) for state in states)
             shape = () if rule.is_elementwise else parameter.shape
             key = (*traits(parameter), in_8_bits, count, shape)
@@ -232,7 +233,13 @@ class MomentumOptimizer(torch.optim.Optimizer):
                 collected.append(one)
         return batches.values()
 
-    def _prepared_state(self, parameter: Tensor, group: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
+    def _scalar_names(self, group: Mapping[str, Any]) -> tuple[str, ...]:
+        is_scheduled = self.CORRECTS_FIRST_MOMENT and "betas" in group.get("initial_momentum", {})
+        return (*self.INITIAL_SCALARS, "beta1_product") if is_scheduled else tuple(self.INITIAL_SCALARS)
+
+    def _prepared_state(
+        self, parameter: Tensor, group: Mapping[str, Any], rule: Rule, scalar_names: Iterable[str]
+    ) -> dict[str, Any]:
         """The state of a parameter, made at its first step."""
         if parameter.grad.is_sparse:  # type: ignore[union-attr]
             raise RuntimeError(
@@ -240,9 +247,9 @@ class MomentumOptimizer(torch.optim.Optimizer):
                 "ones only. Build the embedding with sparse=False."
             )
         state = self.state[parameter]
-        for name, value in self._initial_scalars(group, state).items():
-            if name not in state:
-                state[name] = torch.tensor(value)  # float32: torch.compile loses changes of a float64 one
+        for name in scalar_names:
+            if name not in state:  # float32: torch.compile loses changes of a float64 one
+                state[name] = torch.tensor(self._initial_scalar(name, group, state))
         for name, kind in rule.states.items():
             if name not in state:
                 zeros = torch.zeros_like(
@@ -252,15 +259,14 @@ class MomentumOptimizer(torch.optim.Optimizer):
                 state.update(QuantizedState.of(zeros, kind).tensors(name) if in_8_bits else {name: zeros})
         return state
 
-    def _initial_scalars(self, group: Mapping[str, Any], state: Mapping[str, Any]) -> Mapping[str, float]:
-        if not (self.CORRECTS_FIRST_MOMENT and "initial_momentum" in group) or "beta1_product" in state:
-            return self.INITIAL_SCALARS
-        steps = float(state["step"]) if "step" in state else 0.0
-        return {**self.INITIAL_SCALARS, "beta1_product": group["initial_momentum"]["betas"][0] ** steps}
+    def _initial_scalar(self, name: str, group: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+        if name == "beta1_product":  # of the steps before the schedule
+            return group["initial_momentum"]["betas"][0] ** float(state["step"])
+        return self.INITIAL_SCALARS[name]
 
-    def _advance_scalars(self, group: Mapping[str, Any], state: dict[str, Any]) -> dict[str, Number]:
-        compiling = torch.compiler.is_compiling()
-        names = [name for name in (*self.INITIAL_SCALARS, "beta1_product") if name in state]
+    def _advance_scalars(
+        self, group: Mapping[str, Any], state: dict[str, Any], names: Iterable[str], compiling: bool
+    ) -> dict[str, Number]:
         # In float64, since 1 - beta2 ** step loses half its digits in float32.
         last = {name: state[name].double() if compiling else state[name].item() for name in names}
         scalars = self.advance(group, last)

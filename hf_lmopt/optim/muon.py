@@ -105,6 +105,7 @@ class Muon(MomentumOptimizer):
     """
 
     RULE = ORTHOGONAL_MOMENTUM
+    CORRECTS_FIRST_MOMENT = True  # AdamW's
     RANGES = {
         "algorithm": Choice((MATRIX, OTHER)),
         "is_transposed": FLAG,
