@@ -171,4 +171,7 @@ def draw_curves(axes: Any, finals: dict[str, Any], per_step: dict[str, float], l
         axes.axhline(finals["adamw"]["mean_final_loss"], color="gray", linestyle=":", label="AdamW's final loss")
     axes.set_xlabel(label)
     axes.set_ylabel("validation loss, nats per token")
-    axes.legend()
+    if finals:
+        axes.legend()
+    else:
+        axes.text(0.5, 0.5, "no whole run yet", transform=axes.transAxes, ha="center", color="gray")
