@@ -189,3 +189,4 @@ def _write_all_cases(folder: str) -> None:
 if __name__ == "__main__":
     gc.freeze()
     _write_all_cases(sys.argv[1])
+    torch.distributed.destroy_process_group()  # else gloo's threads may outlive what they use, and abort the process
