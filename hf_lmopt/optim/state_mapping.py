@@ -52,9 +52,9 @@ def check_same_algorithm(saved: StateDict, current: StateDict) -> None:
         if name not in saved_groups:
             continue
         before, now = method_of(saved_groups[name], saved["state"]), method_of(group, {})
-        # torch's own optimizers are not told apart: what they do with each other's state is theirs to say.
-        is_known = "algorithm" in group or before not in (None, "adamw in 32 bits")
-        if is_known and before is not None and before != now and "algorithm" in {**group, **saved_groups[name]}:
+        # Of torch's own optimizers only AdamW is known, and what they do with each other's state is theirs to say.
+        accepted = (None, now if "algorithm" in group else "adamw in 32 bits")
+        if before not in accepted and ("algorithm" in group or "algorithm" in saved_groups[name]):
             raise ValueError(
                 f"The checkpoint has state of {before} for {name}, and this run steps it with "
                 f"{now or 'an optimizer of another package'}. State cannot be carried over: resume with the optimizer "
