@@ -38,7 +38,7 @@ RESULTS = Path(__file__).parent / "results" / "optimizers.json"
 HIDDEN, LAYERS, VOCABULARY, SEED = 768, 12, 20_000, 0
 MATRICES_OF_A_BLOCK = [(HIDDEN, HIDDEN)] * 4 + [(4 * HIDDEN, HIDDEN), (HIDDEN, 4 * HIDDEN)]
 VECTORS_OF_A_BLOCK = [(HIDDEN,)] * 4
-ROUNDS, MATRIX_ROUNDS = 12, 3
+ROUNDS, MATRIX_ROUNDS = 25, 5
 LR = 1e-3
 
 METHODS = ("sgd", "qhm", "signum", "lion", "adamw", "nadamw", "qhadam", "ademamix", "adan", "adopt", "mars")

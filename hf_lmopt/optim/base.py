@@ -216,21 +216,18 @@ class MomentumOptimizer(torch.optim.Optimizer):
         compiling = torch.compiler.is_compiling()
         batches: dict[tuple[Any, ...], Batch] = {}
         for parameter in group["params"]:
-            if parameter.grad is None:
+            if (gradient := parameter.grad) is None:
                 continue
-            state = self._prepared_state(parameter, group, rule, scalar_names)
-            scalars = self._advance_scalars(group, state, scalar_names, compiling)
+            state = self._prepared_state(parameter, gradient, group, rule, scalar_names)
             states = [QuantizedState.find(state, name, kind) for name, kind in rule.states.items()]
             # Numbers under torch.compile are tensors, which tell nothing apart: there each parameter is a batch.
-            count = (len(batches),) if compiling else tuple(scalars.values())
-            in_8_bits = tuple(isinstance(state, QuantizedState) for state in states)
+            last = [len(batches)] if compiling else [state[name].item() for name in scalar_names]
             shape = () if rule.is_elementwise else parameter.shape
-            key = (*traits(parameter), in_8_bits, count, shape)
-            batch = batches.setdefault(key, Batch(rule, [], [], [[] for _ in states], scalars))
-            batch.parameters.append(parameter)
-            batch.gradients.append(parameter.grad)
-            for collected, one in zip(batch.states, states, strict=True):
-                collected.append(one)
+            key = (*traits(parameter, gradient), *map(type, states), *last, shape)
+            if key not in batches:
+                batches[key] = Batch(rule, [], [], [[] for _ in states], self._advanced(group, state, scalar_names))
+            batches[key].append(parameter, gradient, states)
+            _set_scalars(state, batches[key].scalars)
         return batches.values()
 
     def _scalar_names(self, group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -238,10 +235,15 @@ class MomentumOptimizer(torch.optim.Optimizer):
         return (*self.INITIAL_SCALARS, "beta1_product") if is_scheduled else tuple(self.INITIAL_SCALARS)
 
     def _prepared_state(
-        self, parameter: Tensor, group: Mapping[str, Any], rule: Rule, scalar_names: Iterable[str]
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        group: Mapping[str, Any],
+        rule: Rule,
+        scalar_names: Iterable[str],
     ) -> dict[str, Any]:
         """The state of a parameter, made at its first step."""
-        if parameter.grad.is_sparse:  # type: ignore[union-attr]
+        if gradient.is_sparse:
             raise RuntimeError(
                 f"{type(self).__name__} was given a sparse gradient of shape {tuple(parameter.shape)}; it takes dense "
                 "ones only. Build the embedding with sparse=False."
@@ -264,18 +266,11 @@ class MomentumOptimizer(torch.optim.Optimizer):
             return group["initial_momentum"]["betas"][0] ** float(state["step"])
         return self.INITIAL_SCALARS[name]
 
-    def _advance_scalars(
-        self, group: Mapping[str, Any], state: dict[str, Any], names: Iterable[str], compiling: bool
-    ) -> dict[str, Number]:
-        # In float64, since 1 - beta2 ** step loses half its digits in float32.
+    def _advanced(self, group: Mapping[str, Any], state: dict[str, Any], names: Iterable[str]) -> dict[str, Number]:
+        """The scalars of this step. In float64, since 1 - beta2 ** step loses half its digits in float32."""
+        compiling = torch.compiler.is_compiling()
         last = {name: state[name].double() if compiling else state[name].item() for name in names}
-        scalars = self.advance(group, last)
-        for name, value in scalars.items():
-            if isinstance(value, Tensor):
-                state[name].copy_(value)
-            else:
-                state[name].fill_(value)
-        return scalars
+        return self.advance(group, last)
 
     # ---- State dicts ----
 
@@ -303,6 +298,14 @@ class MomentumOptimizer(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 on_cpu = name in (*self.INITIAL_SCALARS, "beta1_product")
                 self.state[parameter][name] = value.clone() if on_cpu else value.to(parameter.device, copy=True)
+
+
+def _set_scalars(state: Mapping[str, Tensor], scalars: Mapping[str, Number]) -> None:
+    for name, value in scalars.items():
+        if isinstance(value, Tensor):
+            state[name].copy_(value)
+        else:
+            state[name].fill_(value)
 
 
 def _check_same_method(saved: Mapping[str, Any], group: Mapping[str, Any], states: Mapping[int, Any]) -> None:

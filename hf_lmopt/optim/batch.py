@@ -32,6 +32,13 @@ class Batch:
     states: list[list[Tensor | QuantizedState]]  # one list per state of the rule
     scalars: dict[str, Number]
 
+    def append(self, parameter: Tensor, gradient: Tensor, states: list[Tensor | QuantizedState]) -> None:
+        """Adds a parameter."""
+        self.parameters.append(parameter)
+        self.gradients.append(gradient)
+        for collected, one in zip(self.states, states, strict=True):
+            collected.append(one)
+
     def split(self, size: int) -> Iterator[Batch]:
         """Batches of at most so many parameters, in order."""
         for start in range(0, len(self.parameters), size):
@@ -40,10 +47,9 @@ class Batch:
             yield Batch(self.rule, self.parameters[part], self.gradients[part], states, self.scalars)
 
 
-def traits(parameter: Tensor) -> tuple[Any, ...]:
+def traits(parameter: Tensor, gradient: Tensor) -> tuple[Any, ...]:
     """What parameters must share to be stepped by one call."""
-    gradient_type = parameter.grad.dtype  # type: ignore[union-attr]
-    return parameter.device, parameter.dtype, gradient_type, parameter.is_contiguous(), type(parameter.data)
+    return parameter.device, parameter.dtype, gradient.dtype, parameter.is_contiguous(), type(parameter)
 
 
 def full_precision(parameter: Tensor) -> torch.dtype:

@@ -22,10 +22,10 @@ namespace lmopt {
 namespace LMOPT_INSTRUCTION_SET {
 namespace {
 
-constexpr int64_t kGrainBlocks = 64;
+constexpr int64_t kGrainBlocks = 16;
 // Tensors that are summed over before they are stepped are taken so many blocks at a time: the second reading then
 // finds them in the shared cache.
-constexpr int64_t kBlocksInCache = 2048;
+constexpr int64_t kBlocksInCache = 512;
 
 // ---- loops over a block ---------------------------------------------------------------------------------------------
 

@@ -56,11 +56,18 @@ inline void store_row(ElementType type, void* data, const Position& at, const fl
   }
 }
 
+inline int quantized_count(const Position& at, int i) {
+  return at.count - i < kQuantizedBlock ? at.count - i : kQuantizedBlock;
+}
+
 inline float* load_state_row(const FusedStep& step, int state, const Position& at, float* scratch) {
   const float* absmax = at.tensor.absmax[state];
   if (absmax == nullptr) return load_row(ElementType::float32, at.tensor.states[state], at, scratch);
   const uint8_t* codes = static_cast<const uint8_t*>(at.tensor.states[state]) + at.offset;
-  dequantize_row(*step.codebooks[state], absmax[at.offset / kBlock], codes, scratch, at.count);
+  for (int i = 0; i < at.count; i += kQuantizedBlock) {
+    const float scale = absmax[(at.offset + i) / kQuantizedBlock];
+    dequantize_row(*step.codebooks[state], scale, codes + i, scratch + i, quantized_count(at, i));
+  }
   fill_up(scratch, at.count);
   return scratch;
 }
@@ -69,7 +76,10 @@ inline void store_state_row(const FusedStep& step, int state, const Position& at
   float* absmax = at.tensor.absmax[state];
   if (absmax == nullptr) return store_row(ElementType::float32, at.tensor.states[state], at, row);
   uint8_t* codes = static_cast<uint8_t*>(at.tensor.states[state]) + at.offset;
-  absmax[at.offset / kBlock] = quantize_row(*step.codebooks[state], row, codes, at.count);
+  for (int i = 0; i < at.count; i += kQuantizedBlock) {
+    float& scale = absmax[(at.offset + i) / kQuantizedBlock];
+    scale = quantize_row(*step.codebooks[state], row + i, codes + i, quantized_count(at, i));
+  }
 }
 
 // One block of a parameter, its gradient and its states.

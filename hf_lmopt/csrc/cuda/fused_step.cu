@@ -14,7 +14,7 @@ namespace lmopt {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = kBlock;
+constexpr int kThreads = 256;
 constexpr int kTensorsPerLaunch = 32;  // their description has to fit into the 4 KB of a kernel's arguments
 
 struct Launch {
@@ -69,8 +69,7 @@ __global__ void __launch_bounds__(kThreads) fused_step_kernel(const AnyRule rule
   const FusedTensor& tensor = launch.tensors[index];
   const int64_t begin = (block - tensor.first_block) * kBlock;
   const int64_t end = begin + kBlock < tensor.numel ? begin + kBlock : tensor.numel;
-  const int64_t i = begin + threadIdx.x;
-  if (i < end) update_element(rule, launch, tensor, i);
+  for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) update_element(rule, launch, tensor, i);
 }
 
 template <class AnyRule>

@@ -9,8 +9,12 @@ namespace lmopt {
 
 constexpr int kMaxStatesPerParameter = 4;
 constexpr int kMaxRuleCoefficients = 10;
-// Elements that a kernel takes at a time, and that share one maximum in an 8-bit state, as in bitsandbytes.
-constexpr int kBlock = 256;
+// Elements that a kernel takes at a time: as many as fit into the first cache with their states, since each run through
+// memory that is left and taken up again costs time.
+constexpr int kBlock = 1024;
+// Elements that share one maximum in an 8-bit state, as in bitsandbytes.
+constexpr int kQuantizedBlock = 256;
+static_assert(kBlock % kQuantizedBlock == 0, "a maximum belongs to one block");
 
 enum class ElementType { float32, bfloat16, float16 };
 
@@ -31,6 +35,10 @@ struct FusedTensor {
 
 inline int64_t num_blocks(const FusedTensor& tensor) {
   return (tensor.numel + kBlock - 1) / kBlock;
+}
+
+inline int64_t num_quantized_blocks(const FusedTensor& tensor) {
+  return (tensor.numel + kQuantizedBlock - 1) / kQuantizedBlock;
 }
 
 struct FusedStep {

@@ -133,7 +133,7 @@ void set_state(
       "]. Convert it, or give these.");
   STD_TORCH_CHECK(
       is_float32(absmax[index]), "absmax[", index, "] is not float32. One float32 per block is needed. Convert it.");
-  target.absmax[k] = static_cast<float*>(checked_data(absmax[index], num_blocks(target), "absmax", index));
+  target.absmax[k] = static_cast<float*>(checked_data(absmax[index], num_quantized_blocks(target), "absmax", index));
 }
 
 std::vector<FusedTensor> describe_tensors(
