@@ -7,7 +7,8 @@ Step time and state memory of every optimizer, beside its peers, on the shapes o
 
 All contenders of a method step the same parameters with the same gradients, by turns, in one process; beside them by
 turns the two measures: `a.mul_(x)` on one large tensor, which shows the memory bandwidth that an in-place update can
-have (a copy pays for write-allocation and is no ceiling), and torch's fused AdamW. Times are the least of many rounds.
+have (a copy pays for write-allocation and is no ceiling), and torch's fused AdamW. Times are medians over the rounds:
+the least of many would favour whatever is short enough to fall between two disturbances.
 
 The bytes of a step are those that must move: parameter and state read and written, gradient read; for MARS gradient
 and last gradient read once more, since its norm must be known before the step. Writes
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -181,7 +183,7 @@ def eight_bit_contenders(method: str) -> list[Contender]:
 
 
 def measure_method(method: str) -> dict[str, Any]:
-    """Least step time of each contender and of the two measures, by turns."""
+    """Median step time of each contender and of the two measures, by turns."""
     is_muon = method == "muon"
     parameters = transformer_parameters(with_embedding=not is_muon, only_matrices=is_muon)
     steps: dict[str, Callable[[], Any]] = {}
@@ -189,7 +191,7 @@ def measure_method(method: str) -> dict[str, Any]:
     for contender in contenders_of(method):
         optimizer = contender.build(parameters)
         steps[contender.label] = optimizer.step
-        least_times({contender.label: optimizer.step}, parameters, rounds=2)  # the first builds, compiles, allocates
+        median_times({contender.label: optimizer.step}, parameters, rounds=2)  # the first builds, compiles, allocates
         bytes_moved = bytes_of_a_step(parameters, optimizer)
         if method == "mars":
             bytes_moved += 2 * sum(parameter.nbytes for parameter in parameters)
@@ -207,28 +209,29 @@ def measure_method(method: str) -> dict[str, Any]:
             "bytes": bytes_of_a_step(parameters, reference),
             "state_mib": state_mib(reference),
         }
-    best = least_times(steps, parameters, MATRIX_ROUNDS if is_muon else ROUNDS)
+    seconds = median_times(steps, parameters, MATRIX_ROUNDS if is_muon else ROUNDS)
     for label, row in rows.items():
-        row |= {"milliseconds": 1e3 * best[label], "gigabytes_per_second": row["bytes"] / best[label] / 1e9}
-        in_place_bandwidth = rows["a.mul_(x)"]["bytes"] / best["a.mul_(x)"] / 1e9
+        row |= {"milliseconds": 1e3 * seconds[label], "gigabytes_per_second": row["bytes"] / seconds[label] / 1e9}
+        in_place_bandwidth = rows["a.mul_(x)"]["bytes"] / seconds["a.mul_(x)"] / 1e9
         row["share_of_in_place_bandwidth"] = row["gigabytes_per_second"] / in_place_bandwidth
-        row["time_over_ours"] = best[label] / best[next(iter(best))]
+        row["time_over_ours"] = seconds[label] / seconds[next(iter(seconds))]
     gc.collect()
     return rows
 
 
-def least_times(
+def median_times(
     steps: dict[str, Callable[[], Any]], parameters: list[torch.nn.Parameter], rounds: int
 ) -> dict[str, float]:
-    best, gradients = dict.fromkeys(steps, float("inf")), [parameter.grad for parameter in parameters]
+    times: dict[str, list[float]] = {label: [] for label in steps}
+    gradients = [parameter.grad for parameter in parameters]
     for _ in range(rounds):
         for label, step in steps.items():
             begin = time.perf_counter()
             step()
-            best[label] = min(best[label], time.perf_counter() - begin)
+            times[label].append(time.perf_counter() - begin)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient  # heavyball takes them away
-    return best
+    return {label: median(each) for label, each in times.items()}
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
