@@ -154,6 +154,11 @@ class AccumulationWindow:
         self.items_per_process = total.clamp(min=1) / world_size
         self.remaining_counts = list(reversed(counts))
 
+    @property
+    def is_used_up(self) -> bool:
+        """Whether the last micro-batch was handed out."""
+        return not self.remaining_counts
+
     def next_share(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The next micro-batch's count, and the divisor that turns its mean loss into its share of the window's."""
         count = self.remaining_counts.pop()

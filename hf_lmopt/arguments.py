@@ -15,13 +15,13 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from .accumulation import LOSS_REDUCTIONS
-from .clipping import CLIP_STRATEGIES, check_clip_kwargs
+from .clipping import CLIP_STRATEGIES, check_clip_kwargs, check_clip_options
 from .optim.hyperparameters import DECAY_FORMS
 from .optim.registry import choose_optimizer, find_optimizer
 from .param_groups import check_param_group_options
 
 
-NONFINITE_POLICIES = ("skip_step", "raise")
+NONFINITE_POLICIES = ("skip_step", "raise", "drop_micro_batch")
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
 # Options that shape the parameter groups, by the names build_param_groups gives them.
 PARAM_GROUP_FIELDS = (
@@ -66,12 +66,22 @@ class LMOptArgumentsMixin:
         decay_embeddings (`bool`, *optional*, defaults to `True`):
             Whether embeddings have weight decay. Norms, biases and other vectors never do.
         clip_strategy (`str`, *optional*, defaults to `"global_norm"`):
-            How the gradient is clipped; `max_grad_norm` is the threshold and 0 only measures.
+            How the gradient of an optimizer step is clipped: `"global_norm"`, `"per_layer"`, `"per_group"` and
+            `"value"`, whose threshold is `max_grad_norm` (0 with the first only measures); `"adaptive"`, `"quantile"`
+            and `"zscore"`, which find their own; or `"none"`.
         clip_kwargs (`dict` or `str`, *optional*):
-            Further options of the strategy; `norm_type` for `"global_norm"`.
+            Further options of the strategy, such as `norm_type` for `"global_norm"`.
+        micro_batch_clip_norm (`float`, *optional*):
+            Threshold for the norm of each micro-batch's own gradient, that of its own mean loss, before it is added
+            to the window's. Takes one more buffer of the gradients' size.
+        accumulation_dtype (`str`, *optional*):
+            `"float32"` keeps the gradients of bfloat16 and float16 parameters in float32 while they are added up.
+            Optimizers of this package take them as they are; for others they are rounded once, before the clip.
         nonfinite_gradients (`str`, *optional*, defaults to `"skip_step"`):
-            What to do with a gradient that has an inf or a NaN: `"skip_step"` with a warning, or `"raise"`. A skipped
-            step advances `global_step` but not the scheduler. An overflow under fp16 scaling never raises.
+            What to do with a gradient that has an inf or a NaN: `"skip_step"` with a warning; `"raise"`; or
+            `"drop_micro_batch"`, which leaves out the micro-batch that it comes from and takes the window's mean over
+            the rest (one more buffer of the gradients' size). A skipped step advances `global_step` but not the
+            scheduler. An overflow under fp16 scaling never raises.
         loss_reduction (`str`, *optional*):
             What the mean loss of an accumulation window is over: `"examples"`, `"tokens"` (labels other than -100) or
             `"shifted_tokens"` (without each row's first label). By default the kind of labels decides, and the model
@@ -112,7 +122,13 @@ class LMOptArgumentsMixin:
     clip_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Further options of the clipping strategy: JSON, or key=value,key=value."}
     )
-    nonfinite_gradients: Literal["skip_step", "raise"] = field(
+    micro_batch_clip_norm: float | None = field(
+        default=None, metadata={"help": "Clip each micro-batch's own gradient to this norm before it is added."}
+    )
+    accumulation_dtype: Literal["float32"] | None = field(
+        default=None, metadata={"help": "'float32' adds up the gradients of 16-bit parameters in float32."}
+    )
+    nonfinite_gradients: Literal["skip_step", "raise", "drop_micro_batch"] = field(
         default="skip_step", metadata={"help": "What to do when a gradient holds an inf or a NaN."}
     )
     loss_reduction: Literal["examples", "tokens", "shifted_tokens"] | None = field(
@@ -126,10 +142,16 @@ class LMOptArgumentsMixin:
         for name in ("layer_lr_decay", "head_lr_multiplier", "lora_plus_ratio"):
             setattr(self, name, float(getattr(self, name)))
         _check_choice("decay_form", self.decay_form, DECAY_FORMS)
-        _check_choice("clip_strategy", self.clip_strategy, tuple(CLIP_STRATEGIES))
         _check_choice("nonfinite_gradients", self.nonfinite_gradients, NONFINITE_POLICIES)
         if self.loss_reduction is not None:
             _check_choice("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
+        if self.accumulation_dtype is not None:
+            _check_choice("accumulation_dtype", self.accumulation_dtype, ("float32",))
+        if self.micro_batch_clip_norm is not None and not self.micro_batch_clip_norm > 0:
+            raise ValueError(
+                f"micro_batch_clip_norm={self.micro_batch_clip_norm} is no threshold. It must be above 0: set it to "
+                "1.0, or leave it out."
+            )
         check_clip_kwargs(self.clip_strategy, parse_mapping("clip_kwargs", self.clip_kwargs))
         super().__post_init__()  # type: ignore[misc]
         _check_optimizer(self)
@@ -211,6 +233,8 @@ def _check_trainer_arguments(args: Any) -> None:
             f"max_grad_norm={args.max_grad_norm} is no threshold. It must be 0 (measure only) or more: set it to 1.0, "
             "or to 0."
         )
+    default = type(args).__dataclass_fields__["max_grad_norm"].default
+    check_clip_options(args.clip_strategy, args.clip_kwargs, args.max_grad_norm, default)
     if args.deepspeed is not None:
         raise ValueError(
             "deepspeed was given, but DeepSpeed scales and clips gradients inside its engine, out of reach of this "

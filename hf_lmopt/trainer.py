@@ -5,8 +5,9 @@
 |---|---|---|
 | `create_optimizer` | parameter groups with real learning rates and names | `param_groups.py`, `optim/` |
 | `get_batch_samples`, `training_step` | each micro-batch weighted by its share of the window | `accumulation.py` |
-| `_clip_grad_norm`, `_get_grad_norm` | one clip per step; nothing non-finite reaches a weight | `clipping/` |
-| `log` | norms before and after the clip, learning rates by layer | |
+| `training_step` | micro-batches clipped, dropped, added up in float32 | `micro_batches.py` |
+| `_clip_grad_norm`, `_get_grad_norm` | one clip per step; nothing non-finite reaches a weight | `gradient_step.py` |
+| `log`, `_maybe_log_save_evaluate` | norms and rates by layer, figures of callbacks | `callbacks/figures.py` |
 | `_load_optimizer_and_scheduler` | resume with other groups | `optim/state_mapping.py` |
 | `train`, `_save_checkpoint` | only complete checkpoints count | `checkpointing.py` |
 """
@@ -16,10 +17,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -28,8 +29,12 @@ from transformers.utils import find_labels
 
 from .accumulation import AccumulationWindow, choose_loss_reduction, count_loss_items, loss_drops_first_label
 from .arguments import LMOptArgumentsMixin
+from .callbacks.events import call_event, has_listener
+from .callbacks.figures import report_figures
 from .checkpointing import newest_complete_checkpoint, replaced_when_complete
-from .clipping import CLIP_STRATEGIES, ClipRecord, ClipResult
+from .gradient_step import GradientStep
+from .micro_batches import MicroBatches, choose_micro_batch_options, set_gradient_type_
+from .optim.base import MomentumOptimizer
 from .optim.explain import explain_implementation
 from .optim.registry import choose_optimizer, group_keys_of
 from .optim.schedule_free import averaged_weights
@@ -39,8 +44,9 @@ from .optim.state_mapping import (
     has_names,
     has_same_groups,
     map_optimizer_state,
-    with_names,
+    name_stock_groups,
 )
+from .parallelism import check_parallelism
 from .param_groups import build_param_groups, describe_param_groups
 
 
@@ -85,12 +91,15 @@ class LMOptMixin(_TrainerBase):
                 f"args is a {type(self.args).__name__}. {type(self).__name__} needs LMOptArguments, or a class made "
                 "of LMOptArgumentsMixin and your own: change the class of args."
             )
-        _check_parallelism(self)
+        check_parallelism(self)
         self._normalises_itself = self.loss_is_scaled_for_ga is True
         self.loss_is_scaled_for_ga = self._normalises_itself
         self._window: AccumulationWindow | None = None
         self._loss_reduction = self.args.loss_reduction
-        self._clip_record = ClipRecord()
+        self._window_losses: list[torch.Tensor] = []
+        self._micro_batches: MicroBatches | None = None
+        self._micro_batch_options = choose_micro_batch_options(self)
+        self._gradient_step = GradientStep(self)
         self._lrs_by_layer: dict[str, float] = {}
         self._check_param_groups()
 
@@ -157,7 +166,7 @@ class LMOptMixin(_TrainerBase):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._window = self._open_window(batches)
+        self._window, self._window_losses = self._open_window(batches), []
         return batches, num_items
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
@@ -165,9 +174,11 @@ class LMOptMixin(_TrainerBase):
         return super()._get_num_items_in_batch(batch_samples, device) if self._normalises_itself else None
 
     def _open_window(self, batches: list[dict[str, Any]]) -> AccumulationWindow | None:
-        """Counts a window; none is needed for a single micro-batch, whose mean is the mean."""
+        """Counts a window; none is needed for a single micro-batch, whose mean is the mean, if it is just added."""
         world_size = self.accelerator.num_processes
-        if self._normalises_itself or not batches or self.args.gradient_accumulation_steps * world_size == 1:
+        self._micro_batches = self._open_micro_batches(world_size) if batches else None
+        is_single = self.args.gradient_accumulation_steps * world_size == 1 and self._micro_batches is None
+        if self._normalises_itself or not batches or is_single:
             return None
         if self._loss_reduction is None:
             self._loss_reduction = choose_loss_reduction(
@@ -178,6 +189,14 @@ class LMOptMixin(_TrainerBase):
             counts, lambda count: self.accelerator.gather(count.to(self.args.device)).sum(), world_size
         )
 
+    def _open_micro_batches(self, world_size: int) -> MicroBatches | None:
+        options = replace(
+            self._micro_batch_options,
+            is_watched=has_listener(self, "on_micro_batch"),
+            rounds_at_end=not isinstance(getattr(self.optimizer, "optimizer", self.optimizer), MomentumOptimizer),
+        )
+        return MicroBatches(self.model.parameters(), options, world_size) if options.is_needed else None
+
     def _drops_first_label(self, batch: dict[str, Any], label_name: str) -> bool:
         """Only a model that computes its own loss can be asked; others are taken at the Trainer's word."""
         if self.compute_loss_func is not None or label_name not in find_labels(_unwrap_class(self.model)):
@@ -187,16 +206,48 @@ class LMOptMixin(_TrainerBase):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         if self._window is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        count, divisor = self._window.next_share()
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        elif self._micro_batches is None:
+            loss = self._weighted_training_step(model, inputs, *self._window.next_share())
+        else:
+            loss = self._single_training_step(model, inputs, self._window, self._micro_batches)
+        self._window_losses.append(loss)
+        return loss
+
+    def _weighted_training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: torch.Tensor, divisor: torch.Tensor
+    ) -> torch.Tensor:
         # The stock step divides a per-batch mean by this; it is a constant only for even windows.
         self.current_gradient_accumulation_steps = divisor
         loss = super().training_step(model, inputs, None)
-        return torch.where(count.to(loss.device) > 0, loss, torch.zeros_like(loss))
+        return torch.where(num_items.to(loss.device) > 0, loss, torch.zeros_like(loss))
+
+    def _single_training_step(
+        self, model: nn.Module, inputs: dict[str, Any], window: AccumulationWindow, micro_batches: MicroBatches
+    ) -> torch.Tensor:
+        """A micro-batch that is looked at before it is added; the last one completes the window."""
+        num_items, divisor = window.next_share()
+        micro_batches.begin()
+        with self.accelerator.no_sync(model):
+            loss = self._weighted_training_step(model, inputs, num_items, divisor)
+        scaler = self.accelerator.scaler
+        factor = (scaler.get_scale() if scaler is not None else 1.0) / float(divisor)
+        loss = micro_batches.end(
+            loss,
+            num_items,
+            factor,
+            lambda norm, num_items: call_event(self, "on_micro_batch", grad_norm=norm, num_items=num_items),
+        )
+        if window.is_used_up:
+            weight = micro_batches.finish(float(window.items_per_process) * self.accelerator.num_processes)
+            self._gradient_step.record.add_micro_batches(micro_batches.num_clipped, micro_batches.num_dropped)
+            loss = loss + (weight - 1) * micro_batches.kept_loss
+        return loss
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         # The stock method adds up what was not logged yet on this process alone.
         self._tr_loss = self.accelerator.reduce(self._tr_loss, "mean")
+        set_gradient_type_(self.model.parameters(), None)
         if any(group.get("train_mode", False) for group in self.optimizer.param_groups):
             self.optimizer.eval()  # what a schedule-free run leaves are its averaged weights
         return super()._finalize_training(*args, **kwargs)
@@ -204,47 +255,22 @@ class LMOptMixin(_TrainerBase):
     # ---- Clipping ----
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
-        return self._clip(model, self.args.max_grad_norm)
+        window = self._micro_batches
+        dropped = (window.num_dropped, window.is_empty) if window is not None else (0, False)
+        return self._gradient_step.take(model, self._mean_loss_of_window, *dropped)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
         # Called without a norm when max_grad_norm is 0: measure, but guard the weights all the same.
-        return self._clip(model, None) if grad_norm is None else grad_norm
+        return self._clip_grad_norm(model) if grad_norm is None else grad_norm
 
-    def _clip(self, model: nn.Module, threshold: float | None) -> torch.Tensor:
-        self.accelerator.unscale_gradients()
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        result = CLIP_STRATEGIES[self.args.clip_strategy](gradients, threshold, **(self.args.clip_kwargs or {}))
-        self._clip_record.add(result)
-        self._guard_weights(model, result)
-        return result.norm
-
-    def _guard_weights(self, model: nn.Module, result: ClipResult) -> None:
-        """Keeps a non-finite gradient from the weights; the scaler of fp16 training does so by itself."""
-        if self.accelerator.scaler is not None:
-            return
-        # What the Trainer asks before it steps the scheduler.
-        self.optimizer._is_overflow = not result.is_finite
-        if result.is_finite:
-            return
-        names = [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
-        ]
-        culprits = f"{len(names)} gradients with an inf or a NaN at step {self.state.global_step + 1}: {names[:3]}"
-        if self.args.nonfinite_gradients == "raise":
-            raise FloatingPointError(
-                f"{culprits}. nonfinite_gradients='raise' allows none. Lower the learning rate, look at the batch, or "
-                "set nonfinite_gradients='skip_step'."
-            )
-        logger.warning(f"{culprits}. The step is skipped.")
-        for parameter in model.parameters():
-            parameter.grad = None
+    def _mean_loss_of_window(self) -> float:
+        return float(self.accelerator.reduce(torch.stack(self._window_losses).sum(), "mean"))
 
     # ---- Logging ----
 
     def _get_learning_rate(self) -> float:
-        # The Trainer asks before the scheduler moves on; the groups' rates are taken at the same moment.
+        # The Trainer asks between the optimizer's step and the scheduler's; all that belongs there is done here.
+        self._gradient_step.hold_scheduler()
         groups = [group for group in self.optimizer.param_groups if "layer" in group]
         # The last one first: where both are of one layer, the head's end of it counts.
         self._lrs_by_layer = {f"lr/{group['layer']}": float(group["lr"]) for group in (*groups[-1:], *groups[:1])}
@@ -252,8 +278,14 @@ class LMOptMixin(_TrainerBase):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "grad_norm" in logs:
-            logs |= self._clip_record.take_logs() | self._lrs_by_layer
+            logs |= self._gradient_step.record.take_logs() | self._lrs_by_layer
         super().log(logs, *args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # Called after every step, before its checkpoint is written.
+        self._gradient_step.finish()
+        report_figures(self)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # ---- Checkpoints ----
 
@@ -273,14 +305,23 @@ class LMOptMixin(_TrainerBase):
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self._gradient_step.save(output_dir)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint:
+            self._gradient_step.load(checkpoint)
         path = os.path.join(checkpoint or "", OPTIMIZER_NAME)
         current = self.optimizer.state_dict()
         if not checkpoint or not os.path.isfile(path) or not has_names(current):
             return super()._load_optimizer_and_scheduler(checkpoint)
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not has_names(saved):
-            saved = self._name_stock_groups(saved, path)
+            decayed = self.get_decay_parameter_names(self.model)
+            trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+            saved = name_stock_groups(saved, trainable, set(decayed), path)
         check_same_algorithm(saved, current)
         if has_same_groups(saved, current):
             return super()._load_optimizer_and_scheduler(checkpoint)
@@ -290,20 +331,6 @@ class LMOptMixin(_TrainerBase):
         fast_forward_scheduler_(self.lr_scheduler, torch.load(scheduler_path, weights_only=True))
         logger.warning(report.describe())
         return None
-
-    def _name_stock_groups(self, saved: dict[str, Any], path: str) -> dict[str, Any]:
-        """A checkpoint of the stock Trainer has two groups without names: with decay, and without."""
-        decayed = set(self.get_decay_parameter_names(self.model))
-        trainable = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        named = with_names(saved, [[n for n in trainable if n in decayed], [n for n in trainable if n not in decayed]])
-        if named is None:
-            raise ValueError(
-                f"{path} has parameter groups without names, of sizes "
-                f"{[len(group['params']) for group in saved['param_groups']]}, which are not those of a stock Trainer "
-                "for this model, so their state cannot be matched. Resume with the script that wrote it, or start "
-                "from the checkpoint's weights alone."
-            )
-        return named
 
 
 class LMOptTrainer(LMOptMixin, Trainer):
@@ -317,24 +344,3 @@ class LMOptSeq2SeqTrainer(LMOptMixin, Seq2SeqTrainer):
 def _unwrap_class(model: Any) -> type:
     """The class that computes the loss, under PEFT's wrapper."""
     return type(model.get_base_model() if hasattr(model, "get_base_model") else model)
-
-
-def _check_parallelism(trainer: Any) -> None:
-    """Refuses what would make the window's mean or the gradient's norm wrong in silence."""
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
-    refused = {
-        f"nn.DataParallel over {trainer.args.n_gpu} GPUs": trainer.args.n_gpu > 1,
-        "FSDP version 1": trainer.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) == 1,
-        "XLA, DeepSpeed or Megatron": trainer.accelerator.distributed_type
-        in (DistributedType.XLA, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM),
-        "tensor, context or sequence parallelism": parallelism is not None
-        and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled),
-    }
-    for setting, is_on in refused.items():
-        if is_on:
-            raise NotImplementedError(
-                f"This run uses {setting}, where a process does not see whole micro-batches or whole gradients. One "
-                "device, DDP and FSDP2 are supported: start the script with `torchrun --nproc_per_node N`, or show "
-                "it one device by CUDA_VISIBLE_DEVICES."
-            )

@@ -6,7 +6,6 @@ one: `torchrun --nproc_per_node 2 tests/accumulation_cases.py OUTPUT_FOLDER`.
 """
 
 import copy
-import gc
 import os
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from hf_lmopt import LMOptArguments, LMOptTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_models import TINY_MODELS, VOCAB_SIZE
+from two_processes import main
 
 
 NUM_EXAMPLES, LENGTH = 8, 6
@@ -146,22 +146,22 @@ def train_window(
     """Trains one epoch with a learning rate of 0; returns the gradient and the log entry of each optimizer step."""
     default_class = LMOptArguments if issubclass(trainer_class, LMOptTrainer) else TrainingArguments
     arguments_class = trainer_kwargs.pop("arguments_class", default_class)
-    args = arguments_class(
-        output_dir=trainer_kwargs.pop("output_dir", "unused"),
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation_steps,
-        num_train_epochs=1,
-        learning_rate=0.0,
-        max_grad_norm=0.0,
-        train_sampling_strategy="sequential",
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        remove_unused_columns=False,
-        **trainer_kwargs.pop("arguments", {}),
-    )
+    defaults = {
+        "output_dir": trainer_kwargs.pop("output_dir", "unused"),
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "num_train_epochs": 1,
+        "learning_rate": 0.0,
+        "max_grad_norm": 0.0,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "remove_unused_columns": False,
+    }
+    args = arguments_class(**(defaults | trainer_kwargs.pop("arguments", {})))
     keep = KeepGradients()
     trainer = trainer_class(
         model=trainer_kwargs.pop("model", None) or case.build_model(),
@@ -187,6 +187,4 @@ def _write_all_cases(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()
-    _write_all_cases(sys.argv[1])
-    torch.distributed.destroy_process_group()  # else gloo's threads may outlive what they use, and abort the process
+    main(_write_all_cases)

@@ -1,8 +1,5 @@
 """The contract on accumulation: the gradient and the loss of a window are those of its mean, however it is split."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +8,13 @@ import torch.nn.functional as F
 from accumulation_cases import CASES, gradient_by_hand, train_window
 from tiny_models import TINY_MODELS
 from transformers import Seq2SeqTrainer, Trainer
+from two_processes import run_in_two_processes
 
 from hf_lmopt import LMOptMixin, LMOptTrainer
 from hf_lmopt.accumulation import count_loss_items, loss_drops_first_label
 
 
 SPLITS = {"8x1": (8, 1), "2x4": (2, 4), "1x8": (1, 8), "3+3+2": (3, 3)}
-TESTS = Path(__file__).parent
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -28,13 +25,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of all cases from two gloo processes."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command += ["--standalone", str(TESTS / "accumulation_cases.py"), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder
+    return run_in_two_processes("accumulation_cases.py", tmp_path_factory.mktemp("two_processes"))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -22,6 +22,8 @@ VALUES: dict[str, tuple[str, Any]] = {
     "clip_strategy": ("global_norm", "global_norm"),
     "clip_kwargs": ("norm_type=1.0", {"norm_type": 1.0}),
     "nonfinite_gradients": ("raise", "raise"),
+    "micro_batch_clip_norm": ("0.5", 0.5),
+    "accumulation_dtype": ("float32", "float32"),
     "loss_reduction": ("examples", "examples"),
 }
 
@@ -85,7 +87,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "pattern": ({"lr_multipliers": {"(": 1.0}}, "no regular expression.*Escape"),
     "mapping": ({"lr_multipliers": "layer"}, "lr_multipliers='layer' cannot be read.*It takes a dictionary"),
     "json": ({"clip_kwargs": '{"norm_type": '}, "clip_kwargs=.*cannot be read"),
-    "strategy": ({"clip_strategy": "norm"}, r"clip_strategy='norm' is not known.*\['global_norm'\].*choose"),
+    "strategy": ({"clip_strategy": "norm"}, r"clip_strategy='norm' is not known.*\['global_norm', .*'none'\].*choose"),
     "clip_kwargs": ({"clip_kwargs": {"percentile": 10}}, r"clip_kwargs has \['percentile'\].*takes \['norm_type'\]"),
     "policy": ({"nonfinite_gradients": "ignore"}, "nonfinite_gradients='ignore' is not known.*'skip_step', 'raise'"),
     "reduction": ({"loss_reduction": "sum"}, "loss_reduction='sum' is not known.*'examples', 'tokens'"),

@@ -98,6 +98,7 @@ def test_overflow_under_an_fp16_scaler_is_left_to_the_scaler_and_never_raises(tm
     assert same_weights(keep.history[0], keep.history[1])
     assert not same_weights(keep.history[1], keep.history[2])
     assert [entry["skipped_steps"] for entry in logs] == [0, 1, 0, 0]
+    assert trainer.lr_scheduler.last_epoch == 3
     # Norms are those of the unscaled gradient: the clip brings them to the threshold.
     assert logs[0]["grad_norm"] < 5
     assert logs[0]["grad_norm_clipped"] == pytest.approx(0.05, rel=1e-4)

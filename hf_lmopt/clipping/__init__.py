@@ -1,38 +1,44 @@
-"""Gradient clipping: one strategy per file, each a function over lists of gradients that knows no Trainer."""
+"""
+Gradient clipping: one strategy per file, each a function over lists of gradients that knows no Trainer.
 
-from __future__ import annotations
+| file | |
+|---|---|
+| `global_norm.py`, `per_part.py`, `value.py`, `adaptive.py`, `quantile.py`, `zscore.py` | the strategies |
+| `strategies.py`, `clipper.py` | the strategies by name and their options; step after step by one of them |
+| `record.py` | what a clip did, and the account of it in the log |
+| `norms.py`, `shards.py`, `units.py` | norms of many tensors at once, wherever they lie; the units of a weight |
+"""
 
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
-
-from .global_norm import clip_global_norm_, compute_global_norm
+from .adaptive import clip_adaptive_
+from .clipper import Clipper, StepGradients
+from .global_norm import clip_global_norm_, compute_global_norm, measure_global_norm
+from .per_part import clip_per_part_
+from .quantile import NormHistory, clip_quantile_
 from .record import ClipRecord, ClipResult
+from .strategies import CLIP_STRATEGIES, ClipStrategy, check_clip_kwargs, check_clip_options
+from .units import find_fan_in_axes
+from .value import clip_value_
+from .zscore import NormStatistics, clip_zscore_
 
-
-# Called as strategy(gradients, max_norm, **clip_kwargs).
-CLIP_STRATEGIES: dict[str, Callable[..., ClipResult]] = {"global_norm": clip_global_norm_}
 
 __all__ = [
     "CLIP_STRATEGIES",
     "ClipRecord",
     "ClipResult",
+    "ClipStrategy",
+    "Clipper",
+    "NormHistory",
+    "NormStatistics",
+    "StepGradients",
     "check_clip_kwargs",
+    "check_clip_options",
+    "clip_adaptive_",
     "clip_global_norm_",
+    "clip_per_part_",
+    "clip_quantile_",
+    "clip_value_",
+    "clip_zscore_",
     "compute_global_norm",
+    "find_fan_in_axes",
+    "measure_global_norm",
 ]
-
-
-def check_clip_kwargs(strategy: str, clip_kwargs: Mapping[str, Any] | None) -> None:
-    """
-    Checks that a strategy has the options it is to be called with.
-
-    Raises:
-        ValueError: for an option it lacks.
-    """
-    allowed = list(inspect.signature(CLIP_STRATEGIES[strategy]).parameters)[2:]
-    if unknown := sorted(set(clip_kwargs or {}) - set(allowed)):
-        raise ValueError(
-            f"clip_kwargs has {unknown}, but clip_strategy={strategy!r} takes {allowed} (the threshold is "
-            "max_grad_norm). Correct or remove them."
-        )

@@ -7,7 +7,7 @@ matched by name, and the learning rates stay those of the new settings. Knows no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,26 @@ def with_names(saved: StateDict, names_by_group: Sequence[Sequence[str]]) -> dic
         return None
     named = [{**group, "param_names": list(names)} for group, names in zip(groups, names_by_group, strict=True)]
     return {**saved, "param_groups": named}
+
+
+def name_stock_groups(
+    saved: StateDict, trainable: Sequence[str], decayed: Collection[str], path: str
+) -> dict[str, Any]:
+    """
+    Gives names to the two groups of a stock Trainer's checkpoint: with decay, and without.
+
+    Raises:
+        ValueError: if the groups are not those of a stock Trainer for this model; `path` is for the message.
+    """
+    named = with_names(saved, [[n for n in trainable if n in decayed], [n for n in trainable if n not in decayed]])
+    if named is None:
+        raise ValueError(
+            f"{path} has parameter groups without names, of sizes "
+            f"{[len(group['params']) for group in saved['param_groups']]}, which are not those of a stock Trainer "
+            "for this model, so their state cannot be matched. Resume with the script that wrote it, or start "
+            "from the checkpoint's weights alone."
+        )
+    return named
 
 
 @dataclass

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lmopt.clipping import CLIP_STRATEGIES, check_clip_kwargs, clip_global_norm_, compute_global_norm
+from hf_lmopt.clipping import clip_global_norm_, compute_global_norm
 
 
 SHAPES = [(), (1,), (3, 5), (0,), (2, 3, 4)]
@@ -69,8 +69,30 @@ def test_measuring_changes_nothing() -> None:
     assert all(torch.equal(gradient, old) for gradient, old in zip(gradients, before, strict=True))
 
 
-def test_options_of_a_strategy_are_checked() -> None:
-    check_clip_kwargs("global_norm", {"norm_type": math.inf})
-    with pytest.raises(ValueError, match=r"clip_kwargs has \['momentum'\].*takes \['norm_type'\].*Correct or remove"):
-        check_clip_kwargs("global_norm", {"momentum": 1})
-    assert list(CLIP_STRATEGIES) == ["global_norm"]
+def test_half_precision_gradients_are_measured_in_float32() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        gradients = random_gradients(dtype=dtype)
+        flat = torch.cat([gradient.reshape(-1).double() for gradient in gradients])
+        assert float(clip_global_norm_(gradients, None).norm) == pytest.approx(float(flat.norm()), rel=1e-6)
+    assert float(compute_global_norm([torch.full((4,), 60000.0, dtype=torch.float16)])) == 120000.0
+
+
+def test_types_may_be_mixed_in_any_order() -> None:
+    gradients = [
+        torch.full((4,), 1.0),
+        torch.full((4,), 2.0).bfloat16(),
+        torch.full((4,), 4.0),
+        torch.ones(1).double(),
+    ]
+    result = clip_global_norm_(gradients, max_norm=1.0)
+    assert float(result.norm) == pytest.approx(math.sqrt(85))
+    assert [gradient.dtype for gradient in gradients] == [torch.float32, torch.bfloat16, torch.float32, torch.float64]
+    assert float(gradients[2][0]) == pytest.approx(4 / math.sqrt(85), rel=1e-6)
+
+
+def test_a_norm_beyond_float32_still_gives_a_coefficient() -> None:
+    gradients = [torch.full((100,), 3e38), torch.full((100,), 3e38)]
+    result = clip_global_norm_(gradients, max_norm=1.0)
+    assert result.is_finite
+    assert float(result.norm) == pytest.approx(3e38 * math.sqrt(200), rel=1e-6)
+    assert float(compute_global_norm(gradients)) == pytest.approx(1.0, rel=1e-5)
