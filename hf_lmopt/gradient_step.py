@@ -83,6 +83,7 @@ class GradientStep:
         if is_empty:
             reasons = ["the gradient of every micro-batch has an inf or a NaN"]
         self._is_skipped = bool(reasons) or not result.is_finite
+        self.hold_scheduler()
         self.record.add(result, is_skipped=self._is_skipped)
         if reasons:
             self._skip(model, "; ".join(reasons), by_overflow=is_empty)
@@ -92,10 +93,10 @@ class GradientStep:
 
     def hold_scheduler(self) -> None:
         """
-        After the optimizer's step: tells the Trainer whether it was skipped, so that the scheduler waits.
+        Tells the Trainer whether the step is skipped, so that the scheduler waits.
 
-        Not before: accelerate sets the same flag within the step, and under fp16 to false for optimizers that are
-        given the overflow to deal with it themselves (torch's fused ones).
+        To be said after the optimizer's step once more: under fp16 accelerate sets the same flag within it, to false
+        for optimizers that are given the overflow to deal with it themselves (torch's fused ones).
         """
         self.trainer.optimizer._is_overflow = self._is_skipped
 
