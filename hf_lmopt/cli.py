@@ -1,10 +1,12 @@
-"""`hf-lmopt`: what this package has, on the command line."""
+"""`hf-lmopt`: what this package has, and what it says of a run, on the command line."""
 
 from __future__ import annotations
 
 import argparse
 
 from .optim.explain import optimizer_table
+from .publishing.report import write_report
+from .publishing.run_history import RunStateError
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -13,8 +15,19 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     help_text = "the optimizers by name, with bytes of state per number of a parameter, options and sources"
     commands.add_parser("optimizers", help=help_text, description=help_text)
-    parser.parse_args(argv)
-    print(optimizer_table())
+    help_text = "curves, heat maps and advice of a run of any Trainer, as one HTML file with its pictures beside it"
+    report = commands.add_parser("report", help=help_text, description=help_text)
+    report.add_argument("run", metavar="RUN", help="folder of the run, or of one of its checkpoints")
+    report.add_argument("--output", metavar="FILE", help="the HTML file; report.html in the run's folder if not given")
+    args = parser.parse_args(argv)
+    if args.command == "optimizers":
+        print(optimizer_table())
+        return
+    try:
+        page, *pictures = write_report(args.run, args.output)
+    except (OSError, ImportError, RunStateError) as error:
+        parser.exit(2, f"hf-lmopt report: {error}\n")
+    print(f"{page} ({len(pictures)} pictures beside it)")
 
 
 if __name__ == "__main__":

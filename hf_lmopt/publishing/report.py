@@ -1,17 +1,76 @@
 """
-Draws the course of a training run from the Trainer's `log_history`.
+The report of a run, from its `trainer_state.json` alone: curves, heat maps and advice in one HTML file.
 
-Needs matplotlib, which the extra `recipes` brings; nothing else in the package does.
+Needs matplotlib, which the extra `recipes` brings.
 """
 
+from __future__ import annotations
+
+import io
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from hf_lmopt.checkpointing import new_file
+from hf_lmopt.checkpointing import TRAINER_STATE_FILE, new_file, write_text
+
+from .advice import advise
+from .curves import DARK, LIGHT, Theme, drawn_in, new_figure
+from .panels import GRADIENT_NORM, LEARNING_RATE, LOSS, PANELS, Panel
+from .report_page import GENERATOR, Picture, report_page
+from .run_history import RunHistory, Series, read_run
+from .run_summary import key_facts, summarize
 
 
-Series = tuple[list[int], list[float]]
+REPORT_FILE = "report.html"
+DPI = 150
+
+
+def write_report(run: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> list[Path]:
+    """
+    Writes the report of a run, of any Trainer: one HTML file that needs nothing else, and its pictures beside it.
+
+    Panels without figures are left out, and the page says what would fill them. An earlier report is replaced, with
+    its pictures; any other file of these names stays, and the report is refused.
+
+    Args:
+        run (`str`):
+            Folder of the run, or of a checkpoint.
+        output (`str`, *optional*):
+            The HTML file; `report.html` in the folder of the run if not given. Pictures are named after it.
+
+    Returns:
+        `list[Path]`: the files that were written, the HTML first.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or no state in it.
+        NotADirectoryError: if the run is a file.
+        FileExistsError: if a file that is no report of this package would be replaced.
+        RunStateError: if the state cannot be read.
+        ImportError: if matplotlib is missing.
+    """
+    history = read_run(run)
+    page = Path(output) if output is not None else Path(run) / REPORT_FILE
+    files = {panel.name: page.with_name(f"{page.stem}_{panel.name}.png") for panel in PANELS}
+    _refuse_other_files([page, *files.values()])
+    selected = {panel.name: panel.select(history) for panel in PANELS}
+    drawn = [_draw(panel, selected[panel.name]) for panel in PANELS if selected[panel.name]]
+    text = report_page(
+        title=Path(run).resolve().name,
+        summary=summarize(history),
+        findings=advise(history),
+        pictures=drawn,
+        left_out={panel.title: panel.filled_by for panel in PANELS if not selected[panel.name]},
+        facts=key_facts(history),
+        source=_source_in_words(history, Path(run)),
+    )
+    for file in files.values():
+        file.unlink(missing_ok=True)  # those of an earlier report, which may have had other panels
+    for picture in drawn:
+        with new_file(files[picture.name]) as temporary:
+            temporary.write_bytes(picture.light)
+    write_text(page, text)
+    return [page, *(files[picture.name] for picture in drawn)]
 
 
 def plot_training_curves(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -28,77 +87,44 @@ def plot_training_curves(log_history: Sequence[Mapping[str, Any]], path: str | o
     Raises:
         ImportError: if matplotlib is missing.
     """
-    figure, (loss, rate, norm) = _new_figure()
-    _draw(
-        loss, {"training": _series(log_history, "loss"), "validation": _series(log_history, "eval_loss")}, marks=True
-    )
-    loss.set(title="Loss", ylabel="nats")
-    _draw(rate, _learning_rates(log_history))
-    rate.set(title="Learning rate by layer")
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    _draw(
-        norm,
-        {
-            "before the clip": _series(log_history, "grad_norm"),
-            "after the clip": _series(log_history, "grad_norm_clipped"),
-        },
-    )
-    norm.set(title="Gradient norm")
-    if norm.lines:
-        _use_log_scale(norm)
-    with new_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    history = RunHistory({"log_history": log_history})
+    with drawn_in(LIGHT):
+        figure = new_figure(13, 3.8)
+        panels = (LOSS, LEARNING_RATE, GRADIENT_NORM)
+        for part, panel in zip(figure.subfigures(1, 3), panels, strict=True):
+            panel.draw(part, panel.select(history), LIGHT)
+        with new_file(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=DPI)
 
 
-def _new_figure() -> tuple[Any, Any]:
-    """A figure of its own canvas: no window, and no global state of pyplot."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "matplotlib is not installed, and curves are drawn with it. Install it with "
-            "`pip install 'hf-lmopt[recipes]'`."
-        ) from error
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, 3)
+def _draw(panel: Panel, series_by_name: Mapping[str, Series]) -> Picture:
+    light, dark = (_png(panel, series_by_name, theme) for theme in (LIGHT, DARK))
+    return Picture(panel.name, panel.title, panel.caption, light, dark)
 
 
-def _use_log_scale(axes: Any) -> None:
-    """Few ticks per decade, all labelled, so that they stay apart over one decade and over many."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=12))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter("{x:g}")
+def _png(panel: Panel, series_by_name: Mapping[str, Series], theme: Theme) -> bytes:
+    buffer = io.BytesIO()
+    with drawn_in(theme):
+        figure = panel.figure(series_by_name, theme)
+        figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": GENERATOR})
+    return buffer.getvalue()
 
 
-def _series(log_history: Sequence[Mapping[str, Any]], key: str) -> Series:
-    """Steps and values of the entries that have `key`."""
-    entries = [entry for entry in log_history if key in entry and "step" in entry]
-    return [entry["step"] for entry in entries], [float(entry[key]) for entry in entries]
+def _refuse_other_files(paths: Sequence[Path]) -> None:
+    """Reports and their pictures carry the name of this command in their first bytes; nothing else is replaced."""
+    for path in paths:
+        if path.is_dir() or (path.exists() and GENERATOR.encode() not in _first_bytes(path)):
+            raise FileExistsError(
+                f"{path} is there and is no report of hf-lmopt. Only an earlier report is replaced: move it away, or "
+                "name another file with --output."
+            )
 
 
-def _learning_rates(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
-    """One series per logged layer; the Trainer's own `learning_rate` only where no layer is named."""
-    keys = dict.fromkeys(key for entry in log_history for key in entry if key.startswith("lr/"))
-    named = {key.removeprefix("lr/"): _series(log_history, key) for key in keys}
-    return named or {"all layers": _series(log_history, "learning_rate")}
+def _first_bytes(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(512)
 
 
-def _draw(axes: Any, series_by_name: Mapping[str, Series], marks: bool = False) -> None:
-    """Lines with a legend; with `marks`, every series behind the first has a mark at each value."""
-    drawn = {name: series for name, series in series_by_name.items() if series[0]}
-    for index, (name, (steps, values)) in enumerate(drawn.items()):
-        marker = "o" if len(steps) == 1 or (marks and name != "training") else None
-        style = "-" if index == 0 else "--"
-        axes.plot(steps, values, style, label=name, linewidth=1.4, marker=marker, markersize=4)
-    axes.set_xlabel("optimizer step")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    if drawn:
-        axes.legend(frameon=False)
-    else:
-        axes.text(0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center", color="gray")
+def _source_in_words(history: RunHistory, run: Path) -> str:
+    """Where the figures were read, without the folders of this machine."""
+    return history.source.relative_to(run).as_posix() if history.source else TRAINER_STATE_FILE
