@@ -9,10 +9,11 @@ A cell is one training run. Each finished one is a line of `cells.jsonl` in --ou
 
 1. Tuning: every method with the same number of learning rates, each twice the last, over a short run with a whole
    schedule. AdamW and the optimizers that did best there, each with its best settings, are the finalists.
-2. Longer runs want lower rates: each finalist's best rate and half of it over the whole length; the better one stays.
-3. Length: the finalists over the whole length and parts of it, each a run with a schedule of its own, with three
-   seeds. The validation loss at the end of each is a point of the curve, so that "as good as AdamW with 60 % of the
-   tokens" compares two finished runs, not a finished one with one that is cut off.
+2. Longer runs want lower rates: each finalist's best rate and half of it over the whole length; the better one is
+   taken for the longer runs, the best of the tuning for the shorter.
+3. Length: the finalists at seven lengths, each a run with a schedule of its own, with three seeds. The validation loss
+   at the end of each is a point of the curve, so that "as good as AdamW with 60 % of the tokens" compares two finished
+   runs, not a finished one with one that is cut off. It is asked at three budgets, as the answer depends on them.
 
 Weight decay is set so that rate times decay is the same for all methods at the middle of their grids.
 """
@@ -50,12 +51,13 @@ from hf_lmopt.publishing import run_facts
 OUTPUT_DIR = Path(__file__).parent.parent / "model_cards" / "wikitext2-optimizers"
 BATCH_SIZE, BLOCK_SIZE = 4, 256
 TUNING_STEPS, FULL_STEPS = 400, 1600
-FRACTIONS = (0.4, 0.5, 0.6, 1.0)  # of the full length
+BUDGETS = (400, 800, FULL_STEPS)
+LENGTHS = (200, 240, 400, 480, 800, 960, FULL_STEPS)  # the budgets, and 50 and 60 % of each
 DECAY_RATIO = 0.8
 SEEDS = (42, 43, 44)
 GRID = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the middle rate of a method
 RATE_TIMES_DECAY = 1e-4
-NUM_FINALISTS = 3  # beside AdamW
+NUM_FINALISTS = 2  # beside AdamW
 EVAL_BLOCKS = 256
 TIMED_ROUNDS = 40
 
@@ -187,15 +189,17 @@ def rates_at_full_length(name: str, finished: dict[str, dict[str, Any]]) -> list
     return [Cell(name, each, FULL_STEPS, SEEDS[0]) for each in (rate, rate / 2)]
 
 
-def tuned_rate(name: str, finished: dict[str, dict[str, Any]]) -> float:
-    return best_of(rates_at_full_length(name, finished), finished).learning_rate
+def tuned_rate(name: str, steps: int, finished: dict[str, dict[str, Any]]) -> float:
+    """Of the nearer of the two lengths at which rates were tried."""
+    is_short = steps**2 < TUNING_STEPS * FULL_STEPS
+    return best_of(grid_of(name) if is_short else rates_at_full_length(name, finished), finished).learning_rate
 
 
 def final_cells(finished: dict[str, dict[str, Any]]) -> list[Cell]:
     return [
-        Cell(name, tuned_rate(name, finished), round(fraction * FULL_STEPS), seed)
+        Cell(name, tuned_rate(name, steps, finished), steps, seed)
         for seed in SEEDS
-        for fraction in reversed(FRACTIONS)
+        for steps in reversed(LENGTHS)
         for name in finalists(finished)
     ]
 

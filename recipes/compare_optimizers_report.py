@@ -1,6 +1,8 @@
 """The report of compare_optimizers.py: a table in Markdown, a picture and results.json, from the finished cells."""
 
 import json
+import math
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -8,9 +10,10 @@ from typing import Any
 from compare_optimizers import (
     BATCH_SIZE,
     BLOCK_SIZE,
-    FRACTIONS,
+    BUDGETS,
     FULL_STEPS,
     GRID,
+    LENGTHS,
     METHODS,
     SEEDS,
     final_cells,
@@ -44,14 +47,18 @@ def write_report(folder: Path) -> None:
         "seeds": SEEDS,
         "tuning": {name: tuning_row(name, cells) for name in tuned},
         "finals": {
-            name: {"learning_rate": tuned_rate(name, cells), **final_rows(name, curves, timing)} for name in curves
+            name: {
+                "learning_rates": sorted({tuned_rate(name, steps, cells) for steps in LENGTHS}, reverse=True),
+                **final_rows(name, curves, timing),
+            }
+            for name in curves
         },
         "seconds_per_step": timing and timing["seconds_per_step"],
         "optimizer_seconds": timing and timing["optimizer_seconds"],
         **run_facts(SEEDS[0]),
     }
     write_json(folder / "results.json", results)
-    table = "\n\n".join(filter(None, (final_table(results), tuning_table(results))))
+    table = "\n\n".join(filter(None, (share_table(results), final_table(results), tuning_table(results))))
     write_text(folder / "table.md", table + "\n")
     print(table)
     with new_file(folder / "comparison.png") as file:
@@ -83,18 +90,31 @@ def loss_by_steps(cells: Cells) -> dict[str, dict[int, list[float]]]:
 
 
 def final_rows(name: str, curves: dict[str, dict[int, list[float]]], timing: dict[str, Any] | None) -> dict[str, Any]:
-    """The curve of a method, and what share of AdamW's tokens and time brought it to AdamW's final loss."""
-    goal = mean(curves["adamw"][FULL_STEPS])
-    reached = [steps for steps, losses in curves[name].items() if mean(losses) <= goal]
-    share = min(reached) / FULL_STEPS if reached else None
+    """The curve of a method, and what share of AdamW's tokens and time brings it to AdamW's loss at each budget."""
     slowness = timing["seconds_per_step"][name] / timing["seconds_per_step"]["adamw"] if timing else None
+    shares = {}
+    for budget in BUDGETS:
+        if budget in curves["adamw"]:
+            steps = steps_to_reach(mean(curves["adamw"][budget]), curves[name])
+            share = steps / budget if steps else None
+            shares[str(budget)] = {"tokens": share, "time": share * slowness if share and slowness else None}
     return {
         "validation_losses": {str(steps): losses for steps, losses in sorted(curves[name].items())},
         "mean_final_loss": mean(curves[name][FULL_STEPS]),
         "seconds_per_step_over_adamw": slowness,
-        "share_of_tokens": share,
-        "share_of_time": share * slowness if share and slowness else None,
+        "shares": shares,
     }
+
+
+def steps_to_reach(goal: float, curve: dict[int, list[float]]) -> float | None:
+    """Where the curve comes down to a loss, straight over the logarithm of steps between two runs; not beyond them."""
+    points = sorted((math.log(steps), mean(losses)) for steps, losses in curve.items())
+    if points[0][1] <= goal:
+        return math.exp(points[0][0])
+    for (x0, loss0), (x1, loss1) in pairwise(points):
+        if loss1 <= goal:
+            return math.exp(x0 + (x1 - x0) * (loss0 - goal) / (loss0 - loss1))
+    return None
 
 
 # ---- Tables ----
@@ -103,18 +123,34 @@ def final_rows(name: str, curves: dict[str, dict[int, list[float]]], timing: dic
 def final_table(results: dict[str, Any]) -> str:
     if not results["finals"]:
         return ""
-    header = [f"{fraction:.0%}" for fraction in FRACTIONS]
     lines = [
-        f"| method | rate | {' | '.join(f'loss at {share}' for share in header)} | step time | tokens | time |",
-        f"|---|---|{'---|' * len(header)}---|---|---|",
+        f"| method | rates | {' | '.join(f'loss at {steps}' for steps in LENGTHS)} | step time |",
+        f"|---|---|{'---|' * len(LENGTHS)}---|",
     ]
     for name, row in results["finals"].items():
-        losses = [row["validation_losses"].get(str(round(fraction * FULL_STEPS))) for fraction in FRACTIONS]
+        losses = [row["validation_losses"].get(str(steps)) for steps in LENGTHS]
         cells = [spread(each) if each else "" for each in losses]
-        shares = [f"{row[key]:.0%}" if row[key] else "not reached" for key in ("share_of_tokens", "share_of_time")]
         slowness = row["seconds_per_step_over_adamw"]
-        time = f"x{slowness:.2f}" if slowness else ""
-        lines.append(f"| {name} | {row['learning_rate']:.3g} | {' | '.join(cells)} | {time} | {' | '.join(shares)} |")
+        rates = ", ".join(f"{rate:.3g}" for rate in row["learning_rates"])
+        lines.append(f"| {name} | {rates} | {' | '.join(cells)} | {f'x{slowness:.2f}' if slowness else ''} |")
+    return "\n".join(lines)
+
+
+def share_table(results: dict[str, Any]) -> str:
+    """Tokens and time to AdamW's loss, in percent of AdamW's own, by budget."""
+    if not results["finals"]:
+        return ""
+    lines = [
+        f"| method | {' | '.join(f'tokens, time at {budget} steps' for budget in BUDGETS)} |",
+        f"|---|{'---|' * len(BUDGETS)}",
+    ]
+    for name, row in results["finals"].items():
+        cells = []
+        for budget in BUDGETS:
+            share = row["shares"].get(str(budget))
+            values = [share["tokens"], share["time"]] if share else []
+            cells.append(", ".join(f"{value:.0%}" if value else "not reached" for value in values))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

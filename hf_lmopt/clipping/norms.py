@@ -86,4 +86,8 @@ def _norms_of_parts(parts: list[Tensor], norm_type: float) -> Tensor:
     # The largest element of an empty part is not defined; its norm is 0.
     parts = [part if part.numel() else part.new_zeros(()) for part in parts]
     dtype = torch.float32 if parts[0].dtype in HALF_TYPES else None
+    if norm_type == math.inf and parts[0].device.type == "cpu":
+        # The infinity norm of CPU tensors is not vectorized: 30 times the time of this.
+        ranges = [torch.aminmax(part) for part in parts]
+        return torch.stack([torch.maximum(-low, high) for low, high in ranges]).to(dtype or parts[0].dtype)
     return torch.stack(torch._foreach_norm(parts, norm_type, dtype))

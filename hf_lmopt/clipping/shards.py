@@ -90,8 +90,9 @@ def compute_per_tensor(
         order += indices
     if len(pieces) == 1:
         return pieces[0]
-    values = torch.cat([piece.to(torch.promote_types(pieces[0].dtype, piece.dtype)) for piece in pieces])
-    return values[torch.tensor(order).argsort()] if order != sorted(order) else values
+    scalars = torch.cat(pieces).unbind()
+    # By views: an index from the host would have to be copied to the device.
+    return torch.stack([scalars[position] for position in sorted(range(len(order)), key=order.__getitem__)])
 
 
 def scale_(tensors: Sequence[Tensor], factors: float | Sequence[float]) -> None:

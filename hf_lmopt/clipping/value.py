@@ -9,7 +9,6 @@ The direction changes. A gradient with an inf or a NaN is reported and left alon
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +24,7 @@ def clip_value_(gradients: Sequence[Tensor], max_value: float) -> ClipResult:
     """
     Limits the elements of the gradients in place.
 
-    A step that clips nothing waits for the device once; one that does, once more, for what it counted.
+    Waits for the device once if no tensor's norm is above the threshold, else once more, for what it counted.
 
     Args:
         gradients (`Sequence[torch.Tensor]`):
@@ -37,20 +36,16 @@ def clip_value_(gradients: Sequence[Tensor], max_value: float) -> ClipResult:
         [`ClipResult`]: the global 2-norm before the clip, that after over that before, whether the gradient was
         finite, and the share of elements that were clipped.
     """
-    if not gradients:
-        return ClipResult(torch.zeros(()), torch.ones(()), is_finite=True, clipped_share=0.0)
-    norms, largest = torch.stack([compute_norms(gradients), compute_norms(gradients, math.inf)]).cpu()
-    is_finite = bool(torch.isfinite(largest).all())
-    if is_finite and not bool(torch.isfinite(norms).all()):
-        norms, _ = measure_norms(gradients)
+    norms, is_finite = measure_norms(gradients)
     norm = total_norm(norms)
-    over = (largest > max_value).nonzero().flatten().tolist() if is_finite else []
-    if not over:
+    # No element is larger than its tensor's norm, but for rounding and squares that underflow.
+    suspects = (norms * (1 + 1e-5) + 1e-18 > max_value).nonzero().flatten().tolist() if is_finite else []
+    if not suspects:
         return ClipResult(norm, torch.ones_like(norm), is_finite, clipped_share=0.0)
-    count, norms_after = _clip_([gradients[index] for index in over], max_value)
+    count, norms_after = _clip_([gradients[index] for index in suspects], max_value)
     norms = norms.double()
-    norms[over] = norms_after.double()
-    coefficient = total_norm(norms) / norm.double() if count else torch.ones_like(norm)
+    norms[suspects] = norms_after.double()
+    coefficient = total_norm(norms) / norm.double() if count and norm > 0 else torch.ones_like(norm)
     return ClipResult(norm, coefficient, is_finite, count / sum(gradient.numel() for gradient in gradients))
 
 
@@ -69,8 +64,8 @@ def _clip_(gradients: list[Tensor], max_value: float) -> tuple[float, Tensor]:
 
 
 def _count_over(parts: list[Tensor], max_value: float) -> Tensor:
-    """There is no fused comparison; only parts of gradients with a large element come here."""
-    return torch.stack([(part.abs() > max_value).sum() for part in parts]).float()
+    """There is no fused comparison; one in place and a sum in float32 are the fastest."""
+    return torch.stack([part.abs().gt_(max_value).sum(dtype=torch.float32) for part in parts])
 
 
 def _sum_of_shards(counts: Tensor, place: Place) -> Tensor:

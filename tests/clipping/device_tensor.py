@@ -1,13 +1,16 @@
-"""A tensor that behaves as one on a device, and counts how often the host waits for it; its values lie on the CPU."""
+"""A tensor that behaves as one on a device, and counts how often host and device wait; its values lie on the CPU."""
 
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 class DeviceTensor(torch.Tensor):
-    """Every operation gives another one, but a copy to the CPU gives a plain tensor, and is counted."""
+    """
+    Every operation gives another one, but a copy to the CPU gives a plain tensor, and is counted; so is an operation
+    with a vector that lies on the CPU, which has to be copied to the device.
+    """
 
     num_waits = 0
     values: torch.Tensor
@@ -24,13 +27,18 @@ class DeviceTensor(torch.Tensor):
         device = kwargs.pop("device", None)
         is_read = function is torch.ops.aten._local_scalar_dense.default
         is_wait = is_read or (device is not None and torch.device(device).type == "cpu")
-        DeviceTensor.num_waits += is_wait
+        brings_vector = any(_is_vector_on_host(value) for value in tree_leaves(args))
+        DeviceTensor.num_waits += is_wait or brings_vector
         results = function(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
         return results if is_wait else tree_map(_wrap, results)
 
 
 def _unwrap(value: Any) -> Any:
     return value.values if isinstance(value, DeviceTensor) else value
+
+
+def _is_vector_on_host(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not isinstance(value, DeviceTensor) and value.ndim > 0
 
 
 def _wrap(value: Any) -> Any:

@@ -131,17 +131,19 @@ def on_device(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", CLIP_STRATEGIES)
-@pytest.mark.parametrize(("scale", "num_waits"), [(1e-4, 1), (10.0, 1)])
-def test_a_step_waits_for_the_device_once(name: str, scale: float, num_waits: int) -> None:
-    """In plain values, so that the same arithmetic runs; "value" has to count what it clips."""
+@pytest.mark.parametrize("scale", [1e-4, 10.0])
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_a_step_waits_for_the_device_once(name: str, scale: float, is_mixed: bool) -> None:
+    """Only "value" waits once more, to count what it clips."""
     clipper, record = a_clipper(name), ClipRecord()
-    plain, gradients = random_gradients(scale), on_device(random_gradients(scale))
+    plain = [g.bfloat16() if is_mixed and index % 2 else g for index, g in enumerate(random_gradients(scale))]
+    gradients = on_device(copies(plain))
     step = a_step(gradients)
     step.parameters = on_device(list(step.parameters))
     DeviceTensor.num_waits = 0
     record.add(clipper.clip_(step))
     record.take_logs()
-    assert DeviceTensor.num_waits == num_waits + (name == "value" and scale > 1)
+    assert DeviceTensor.num_waits == 1 + (name == "value" and scale > 1)
     a_clipper(name).clip_(a_step(plain))
     assert all_equal([gradient.values for gradient in gradients], plain)  # type: ignore[attr-defined]
 
@@ -156,6 +158,21 @@ def test_the_count_of_waits_sees_a_wait_per_gradient() -> None:
     assert DeviceTensor.num_waits == 3 * len(gradients)
     clip_value_(gradients, 1e6)
     assert DeviceTensor.num_waits == 3 * len(gradients) + 1
+
+
+@pytest.mark.parametrize("name", CLIP_STRATEGIES)
+def test_gradients_may_lie_on_several_devices(name: str) -> None:
+    plain = random_gradients(10.0)
+    spread = [DeviceTensor(g.clone()) if index % 2 else g.clone() for index, g in enumerate(plain)]
+    step = a_step(spread)
+    step.parameters = [DeviceTensor(w) if index % 2 else w for index, w in enumerate(step.parameters)]
+    result = a_clipper(name).clip_(step)
+    expected = a_clipper(name).clip_(a_step(plain))
+    assert float(result.norm) == pytest.approx(float(expected.norm))
+    assert float(result.coefficient) == pytest.approx(float(expected.coefficient))
+    assert result.clipped_share == expected.clipped_share
+    for ours, reference in zip(spread, plain, strict=True):
+        torch.testing.assert_close(ours.values if isinstance(ours, DeviceTensor) else ours, reference)
 
 
 # ---- Options ----

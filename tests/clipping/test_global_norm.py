@@ -77,6 +77,15 @@ def test_half_precision_gradients_are_measured_in_float32() -> None:
     assert float(compute_global_norm([torch.full((4,), 60000.0, dtype=torch.float16)])) == 120000.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_infinity_norm_is_the_largest_element_and_sees_a_nan(dtype: torch.dtype) -> None:
+    gradients = random_gradients(dtype=dtype)
+    largest = max(float(gradient.abs().max()) for gradient in gradients if gradient.numel())
+    assert float(compute_global_norm(gradients, math.inf)) == largest
+    gradients[0] = torch.tensor(math.nan, dtype=dtype)
+    assert math.isnan(compute_global_norm(gradients, math.inf))
+
+
 def test_types_may_be_mixed_in_any_order() -> None:
     gradients = [
         torch.full((4,), 1.0),
@@ -96,3 +105,17 @@ def test_a_norm_beyond_float32_still_gives_a_coefficient() -> None:
     assert result.is_finite
     assert float(result.norm) == pytest.approx(3e38 * math.sqrt(200), rel=1e-6)
     assert float(compute_global_norm(gradients)) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_norms_whose_squares_overflow_only_together_are_added_up_right() -> None:
+    gradients = [torch.tensor([1.5e19]), torch.tensor([1.5e19])]
+    result = clip_global_norm_(gradients, max_norm=1.0)
+    assert result.is_finite
+    assert float(result.norm) == pytest.approx(1.5e19 * math.sqrt(2), rel=1e-6)
+
+
+def test_a_zero_gradient_beside_one_that_overflows_stays_zero() -> None:
+    gradients = [torch.tensor([1e30, 0.0]), torch.zeros(3)]
+    result = clip_global_norm_(gradients, max_norm=1.0)
+    assert float(result.norm) == pytest.approx(1e30)
+    assert gradients[1].tolist() == [0.0] * 3

@@ -41,6 +41,15 @@ def test_gradients_of_mixed_types_are_each_clipped_in_their_own() -> None:
     assert float(result.coefficient) == pytest.approx(math.sqrt(17 / 65))
 
 
+def test_elements_whose_squares_underflow_are_still_clipped() -> None:
+    gradients = [torch.tensor([3e-30, -1e-30, 2e-30])]
+    result = clip_value_(gradients, 2e-30)
+    assert gradients[0].tolist() == torch.tensor([2e-30, -1e-30, 2e-30]).tolist()
+    assert result.clipped_share == 1 / 3
+    assert result.is_clipped
+    assert result.coefficient == 1  # the norm itself is 0, as in torch
+
+
 @pytest.mark.parametrize("max_value", [1.0, 1e22])
 def test_squares_that_overflow_are_no_infinite_norm(max_value: float) -> None:
     gradients = random_gradients(1e25)

@@ -19,7 +19,13 @@ def recipe(monkeypatch):
     module = importlib.import_module("compare_optimizers")
     monkeypatch.setattr(module, "METHODS", {name: module.METHODS[name] for name in ("adamw", "muon", "sgd_nesterov")})
     report = importlib.import_module("compare_optimizers_report")
-    for name, value in (("FULL_STEPS", 4), ("FRACTIONS", (0.5, 1.0)), ("SEEDS", (1, 2)), ("GRID", (0.5, 1.0))):
+    for name, value in (
+        ("FULL_STEPS", 4),
+        ("LENGTHS", (2, 4)),
+        ("BUDGETS", (4,)),
+        ("SEEDS", (1, 2)),
+        ("GRID", (0.5, 1.0)),
+    ):
         monkeypatch.setattr(module, name, value)
         monkeypatch.setattr(report, name, value)
     monkeypatch.setattr(report, "METHODS", module.METHODS)
@@ -77,12 +83,21 @@ def test_cells_run_once_and_the_report_compares_whole_runs(recipe, task, tmp_pat
     assert results["is_complete"]
     final = results["finals"]["adamw"]
     whole = [
-        r for r in records if (r["method"], r["steps"], r["learning_rate"]) == ("adamw", 4, final["learning_rate"])
+        r for r in records if (r["method"], r["steps"], r["learning_rate"]) == ("adamw", 4, final["learning_rates"][-1])
     ]
     assert final["mean_final_loss"] == pytest.approx(sum(r["validation_loss"] for r in whole) / 2)
-    assert final["share_of_tokens"] in (0.5, 1.0)
+    assert final["shares"]["4"]["tokens"] <= 1.0
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     assert "| adamw |" in (tmp_path / "table.md").read_text()
+
+
+def test_the_length_that_reaches_a_loss_lies_on_the_line_between_two_runs(recipe):
+    report = sys.modules["compare_optimizers_report"]
+    curve = {100: [5.0, 5.2], 400: [4.1], 1600: [3.6]}
+    assert report.steps_to_reach(4.6, curve) == pytest.approx(200)
+    assert report.steps_to_reach(3.6, curve) == pytest.approx(1600)
+    assert report.steps_to_reach(5.5, curve) == pytest.approx(100)
+    assert report.steps_to_reach(3.5, curve) is None
 
 
 def test_a_diverged_run_is_the_worst_and_never_chosen(recipe):
