@@ -240,12 +240,13 @@ def arguments(cell: Cell, method: Method, rate: float, steps: int, **others: Any
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
-    optimizer = {"adamw": "adamw_torch", "sgd": "sgd"}[cell.optimizer] if method.is_stock else cell.optimizer
-    if method.is_stock:
-        named = {"optim": optimizer, "optim_args": "momentum=0.9"} if optimizer == "sgd" else {"optim": optimizer}
-    else:
-        named = {"optimizer": optimizer, "optimizer_kwargs": {"momentum": 0.9} if optimizer == "sgd" else None}
-    return shared | named | others | method.arguments
+    return shared | optimizer_arguments(cell.optimizer, method.is_stock) | others | method.arguments
+
+
+def optimizer_arguments(name: str, is_stock: bool) -> dict[str, Any]:
+    if is_stock:
+        return {"optim": "sgd", "optim_args": "momentum=0.9"} if name == "sgd" else {"optim": "adamw_torch"}
+    return {"optimizer": name, "optimizer_kwargs": {"momentum": 0.9} if name == "sgd" else None}
 
 
 def trainer_of(cell: Cell, method: Method, given: dict[str, Any], **kwargs: Any) -> Any:
