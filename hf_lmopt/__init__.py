@@ -13,6 +13,8 @@ from packaging.version import Version
 
 from .arguments import LMOptArguments, LMOptArgumentsMixin
 from .layer_depth import LayerDepth, layer_depths
+from .lr_find_result import LRFindResult
+from .lr_finder import LRFinder
 from .optim import optimizer_factory
 from .param_groups import build_param_groups, describe_param_groups
 from .trainer import LMOptMixin, LMOptSeq2SeqTrainer, LMOptTrainer
@@ -25,6 +27,8 @@ __all__ = [
     "LMOptMixin",
     "LMOptTrainer",
     "LMOptSeq2SeqTrainer",
+    "LRFinder",
+    "LRFindResult",
     "optimizer_factory",
     "build_param_groups",
     "describe_param_groups",

@@ -19,6 +19,7 @@ Other models and ways to train:
     ... --model_name_or_path runs/pretrain_causal_lm/model                             # a decoder, GPT-style
     ... --peft lora --learning_rate 2e-3 --lora_plus_ratio 4
     ... --peft qlora --learning_rate 2e-3 --optim adamw_bnb_8bit
+    ... --lr_find                                                  # which learning rate? 200 steps, no training
 
 Every option of the Trainer and of hf_lmopt works too; a YAML or JSON file can hold all of them and is then the only
 argument. --output_dir holds in the end: `model/` (with LoRA the adapter), `results.json`, `training_curves.png`,
@@ -64,6 +65,8 @@ from hf_lmopt.data.classification import (
     read_labeled_file,
 )
 from hf_lmopt.data.classifier_inputs import choose_max_length, encode_examples
+from hf_lmopt.lr_find_result import command_with_rate
+from hf_lmopt.lr_finder import LRFinder
 from hf_lmopt.optim.explain import explain_implementation
 from hf_lmopt.publishing.classification_report import build_measure, describe_metrics
 from hf_lmopt.publishing.confusion_matrix import plot_confusion_matrix
@@ -120,6 +123,9 @@ class RecipeArguments:
     lora_dropout: float = option(0.05, "Dropout in front of the adapters.")
     lora_target_modules: str = option("all-linear", "`all-linear`, or names of modules separated by commas.")
 
+    lr_find: bool = option(
+        False, "A learning-rate range test in place of the training: prints a rate, writes lr_find.json and .png."
+    )
     predict: list[str] | None = field(
         default=None, metadata={"help": "Texts to classify with the model in output_dir; nothing is trained."}
     )
@@ -162,7 +168,8 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 
 
 def main(argv: list[str] | None = None) -> None:
-    recipe, args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    recipe, args = parse_arguments(argv)
     folder = Path(args.output_dir)
     if recipe.predict:
         print_predictions(recipe.predict, recipe.predict_pair, folder / "model")
@@ -175,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
         encoder.check_known(rows, f"The {split} data")
         print(f"{split}: {len(rows)} examples")
     compute_loss = build_weighted_loss(recipe, examples["train"], encoder)
-    prepare_output_dir(folder, resume=bool(args.resume_from_checkpoint))
+    prepare_output_dir(folder, resume=bool(args.resume_from_checkpoint) or recipe.lr_find)
     set_seed(args.seed)  # The head starts from random weights.
     model, tokenizer = build_model(recipe, encoder)
     max_length = choose_max_length(recipe.max_length, tokenizer, model.config)
@@ -196,6 +203,9 @@ def main(argv: list[str] | None = None) -> None:
         # Logs hold numbers only; the lists per class come at the end.
         compute_metrics=lambda prediction: {k: v for k, v in measure(prediction).items() if isinstance(v, float)},
     )
+    if recipe.lr_find:
+        find_learning_rate(trainer, argv)
+        return
     training = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics = {split: measure(trainer.predict(datasets[split])) for split in datasets if split != "train"}
     for split, figures in metrics.items():
@@ -220,6 +230,12 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[RecipeArguments, Finetuni
         args.metric_for_best_model = BEST_METRIC[recipe.problem_type]
     if str(args.resume_from_checkpoint).lower() in ("last", "true"):
         args.resume_from_checkpoint = True  # The Trainer looks for the newest complete checkpoint.
+    if recipe.lr_find and (args.resume_from_checkpoint or recipe.predict):
+        other = "predict" if recipe.predict else "resume_from_checkpoint"
+        raise ValueError(
+            f"lr_find and {other} were both given. The range test starts from a new head and leaves no model: leave "
+            "one of them out."
+        )
     return recipe, args
 
 
@@ -324,6 +340,17 @@ def head_modules(config: PreTrainedConfig) -> list[str]:
         model = AutoModelForSequenceClassification.from_config(config)
     children = ((name, child) for name, child in model.named_children() if name != model.base_model_prefix)
     return [name for name, child in children if any(True for _ in child.parameters())]
+
+
+def find_learning_rate(trainer: LMOptTrainer, argv: Sequence[str]) -> None:
+    """Runs the range test, and says how to train with what it suggests."""
+    # Classifiers learn little from a step, so the range is passed through slowly.
+    result = LRFinder(trainer, min_lr=1e-6, max_lr=1.0, num_steps=200).run()
+    if trainer.is_world_process_zero():
+        result.save(trainer.args.output_dir)
+        print(f"{result.describe()}\n\nWrote lr_find.json and lr_find.png into {trainer.args.output_dir}.")
+        if result.steepest is not None:
+            print("Next:", command_with_rate(["python", sys.argv[0], *argv], result.steepest))
 
 
 def save(

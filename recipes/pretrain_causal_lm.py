@@ -7,6 +7,7 @@ Pretrains a small causal language model on real text.
     python recipes/pretrain_causal_lm.py --train_file my.jsonl --validation_file my_validation.jsonl
     python recipes/pretrain_causal_lm.py --dataset_name roneneldan/TinyStories --num_train_epochs 1 --bf16
     python recipes/pretrain_causal_lm.py --resume_from_checkpoint last  # continues the run in --output_dir
+    python recipes/pretrain_causal_lm.py --lr_find                      # which learning rate? 100 steps, no training
 
 What --output_dir holds in the end: `model/` (weights, config and tokenizer: `AutoModelForCausalLM.from_pretrained`
 loads it, and finetune_classifier.py takes it as --model_name_or_path), `results.json` (figures before and after,
@@ -50,6 +51,8 @@ from hf_lmopt.data import (
 )
 from hf_lmopt.data.corpus import Corpus, load_hub_corpus, read_corpus
 from hf_lmopt.data.documents import TXT_LAYOUTS
+from hf_lmopt.lr_find_result import command_with_rate
+from hf_lmopt.lr_finder import LRFinder
 from hf_lmopt.metrics.language_modeling import CorpusScore, score_corpus
 from hf_lmopt.optim.explain import explain_implementation
 from hf_lmopt.publishing import plot_training_curves, run_facts
@@ -127,6 +130,10 @@ class RecipeArguments:
     )
     max_new_tokens: int = option(60, "Length of a sample.")
 
+    lr_find: bool = option(
+        False, "A learning-rate range test in place of the training: prints a rate, writes lr_find.json and .png."
+    )
+
 
 @dataclass
 class PretrainingArguments(LMOptArguments):
@@ -176,8 +183,9 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 
 
 def main(argv: list[str] | None = None) -> None:
-    recipe, args = parse_arguments(sys.argv[1:] if argv is None else argv)
-    prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint is not None)
+    argv = sys.argv[1:] if argv is None else argv
+    recipe, args = parse_arguments(argv)
+    prepare_output_dir(args.output_dir, resume=args.resume_from_checkpoint is not None or recipe.lr_find)
     checkpoint = find_checkpoint(args)
 
     corpus = load_corpus(recipe)
@@ -190,6 +198,9 @@ def main(argv: list[str] | None = None) -> None:
         "validation": pack(tokenizer, clean(recipe, corpus.validation), recipe.block_size),
     }
     trainer = build_trainer(recipe, args, model, tokenizer, blocks)
+    if recipe.lr_find:
+        find_learning_rate(trainer, argv)
+        return
 
     before = evaluate(recipe, trainer, corpus.validation, "Evaluation before training")
     outcome = train(trainer, checkpoint)
@@ -222,6 +233,11 @@ def check_options(recipe: RecipeArguments, args: PretrainingArguments) -> None:
         raise ValueError(
             f"dataset_name={recipe.dataset_name!r} and train_file={recipe.train_file!r} both give the training text. "
             "Only one can: leave one of them out."
+        )
+    if recipe.lr_find and args.resume_from_checkpoint is not None:
+        raise ValueError(
+            f"lr_find and resume_from_checkpoint={args.resume_from_checkpoint!r} were both given. The range test "
+            "resumes nothing: leave one of them out, or give the weights by model_name_or_path."
         )
     given_tokenizer = recipe.tokenizer_name_or_path or recipe.model_name_or_path
     unread = {
@@ -405,6 +421,16 @@ def count_steps(trainer: LMOptTrainer) -> int:
         return args.max_steps
     steps_per_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
     return math.ceil(steps_per_epoch * args.num_train_epochs)
+
+
+def find_learning_rate(trainer: LMOptTrainer, argv: list[str]) -> None:
+    """Runs the range test, and says how to train with what it suggests."""
+    result = LRFinder(trainer).run()
+    if trainer.is_world_process_zero():
+        result.save(trainer.args.output_dir)
+        print(f"{result.describe()}\n\nWrote lr_find.json and lr_find.png into {trainer.args.output_dir}.")
+        if result.steepest is not None:
+            print("Next:", command_with_rate(["python", sys.argv[0], *argv], result.steepest))
 
 
 def train(trainer: LMOptTrainer, checkpoint: str | None) -> dict[str, float]:

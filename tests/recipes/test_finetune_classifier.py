@@ -349,3 +349,24 @@ def test_help_shows_the_recipe_s_own_defaults(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "Peak learning rate of the head; LoRA wants about ten times as much. (default: 0.0001)" in text
     assert 'python recipes/finetune_classifier.py --predict "I love this movie!"' in text
+
+
+def test_lr_find_suggests_a_rate_and_leaves_the_folder_free_for_the_run(data, encoder_model, tmp_path, run, capsys):
+    folder = tmp_path / "run"
+    given = ["--lr_find", "--model_name_or_path", str(encoder_model), "--output_dir", str(folder)]
+    recipe.main([*given, "--train_file", str(data / "train.jsonl"), "--disable_tqdm", "True"])
+    assert {path.name for path in folder.iterdir()} == {"lr_find.json", "lr_find.png"}
+    found = json.loads((folder / "lr_find.json").read_text())
+    assert 1e-5 < found["steepest"] < 1
+    printed = capsys.readouterr().out
+    assert f"steepest descent    {found['steepest']:.2g}   suggested" in printed
+    assert printed.splitlines()[-1].endswith(f"--disable_tqdm True --learning_rate {found['steepest']:.2g}")
+
+    _, results = run("--learning_rate", f"{found['steepest']:.2g}")
+    assert results["test"]["accuracy"] >= 0.9
+
+
+@pytest.mark.parametrize("other", [["--predict", "good"], ["--resume_from_checkpoint", "last"]])
+def test_lr_find_and_what_it_would_not_do_exclude_each_other(other):
+    with pytest.raises(ValueError, match=rf"lr_find and {other[0][2:]} were both given.*leave one of them out"):
+        recipe.main(["--lr_find", *other])

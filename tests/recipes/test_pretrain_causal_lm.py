@@ -249,3 +249,27 @@ def test_an_optim_that_is_given_takes_the_place_of_the_default_optimizer(run):
     assert (settings["optimizer"], settings["optim"]) == (None, "sgd")
     with pytest.raises(ValueError, match="both name an optimizer"):
         run("--optim", "sgd", "--optimizer", "lion")
+
+
+def test_lr_find_suggests_a_rate_and_leaves_the_folder_free_for_the_run(run, capsys):
+    folder = run("--lr_find", "--optimizer", "adamw", "--learning_rate", "0.5")
+    assert {path.name for path in folder.iterdir()} == {"lr_find.json", "lr_find.png"}
+    found = json.loads((folder / "lr_find.json").read_text())
+    assert 1e-4 < found["steepest"] < 1
+    printed = capsys.readouterr().out
+    assert f"steepest descent    {found['steepest']:.2g}   suggested" in printed
+    command = printed.splitlines()[-1]
+    assert command.startswith("Next: python ")
+    assert command.endswith(f"--learning_rate {found['steepest']:.2g}")
+    assert "--lr_find" not in command
+    assert "Evaluation before training" not in printed
+
+    results = read_results(run("--learning_rate", f"{found['steepest']:.2g}"))
+    assert results["settings"]["learning_rate"] == float(f"{found['steepest']:.2g}")
+    run("--lr_find")  # beside a finished run, which it leaves alone
+    assert read_results(folder) == results
+
+
+def test_lr_find_and_a_resumed_run_exclude_each_other(run):
+    with pytest.raises(ValueError, match=r"lr_find and resume_from_checkpoint='last' were both given.*leave one"):
+        run("--lr_find", "--resume_from_checkpoint", "last")
