@@ -83,7 +83,9 @@ def test_cells_run_once_and_the_report_compares_whole_runs(recipe, task, tmp_pat
     assert results["is_complete"]
     final = results["finals"]["adamw"]
     whole = [
-        r for r in records if (r["method"], r["steps"], r["learning_rate"]) == ("adamw", 4, final["learning_rates"][-1])
+        r
+        for r in records
+        if (r["method"], r["steps"], r["learning_rate"]) == ("adamw", 4, final["learning_rates"][-1])
     ]
     assert final["mean_final_loss"] == pytest.approx(sum(r["validation_loss"] for r in whole) / 2)
     assert final["shares"]["4"]["tokens"] <= 1.0
