@@ -5,8 +5,8 @@ What each clipping strategy costs on the default pretraining recipe, beside `tor
     GOMP_CPU_AFFINITY="0 1" python benchmarks/bench_clipping.py --rounds 2   # to see that it runs
 
 A round is one training step of the recipe (forward, backward, clip, optimizer). Between its backward pass and its
-clip all contenders clip the same gradient, by turns, each time from a fresh copy. Timed is what a Trainer does once
-per step: gathering the gradients, `Clipper.clip_`, and the account for the log, which is taken at every step here.
+clip all contenders clip the same gradient, by turns, each time from a fresh copy. Timed is what the Trainer does once
+per step, `GradientStep.take`, and the account for the log, which is taken at every step here.
 Every strategy is timed as it is by default, and with thresholds so low that it clips at every step; torch multiplies
 at every step. Times are medians over the rounds. The goal: at most 2 % of a step more than `clip_grad_norm_`.
 
@@ -30,8 +30,8 @@ import torch
 from transformers import set_seed
 
 from hf_lmopt.checkpointing import write_json
-from hf_lmopt.clipping import CLIP_STRATEGIES, Clipper, ClipRecord, StepGradients, find_fan_in_axes
-from hf_lmopt.layer_depth import layer_depths
+from hf_lmopt.clipping import CLIP_STRATEGIES, Clipper
+from hf_lmopt.gradient_step import GradientStep
 from hf_lmopt.publishing import run_facts
 
 
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     trainer = build_trainer()
-    results = measure(trainer, build_contenders(trainer.model), args.rounds)
+    results = measure(trainer, build_contenders(trainer), args.rounds)
     print_results(results)
     files = [recipe.WIKITEXT / "train.txt.gz", recipe.WIKITEXT / "validation.txt.gz"]
     args.output.parent.mkdir(exist_ok=True)
@@ -92,49 +92,31 @@ def build_trainer() -> Any:
 # ---- Contenders ----
 
 
-def build_contenders(model: torch.nn.Module) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+def build_contenders(trainer: Any) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     """By label: what is done before, untimed, and what is timed."""
-    contenders = {
-        TORCH: (
-            lambda: None,
-            lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM),
-        )
-    }
-    gather = gatherer(model)
+    parameters = list(trainer.model.parameters())
+    contenders = {TORCH: (lambda: None, lambda: torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM))}
     for name in CLIP_STRATEGIES:
-        contenders[f"{name}, default"] = contender(Clipper(name, MAX_GRAD_NORM), gather)
+        contenders[f"{name}, default"] = contender(trainer, Clipper(name, MAX_GRAD_NORM))
         if name in LOW:
             threshold, options, memory = LOW[name]
-            contenders[f"{name}, clips"] = contender(Clipper(name, threshold, options), gather, memory)
+            contenders[f"{name}, clips"] = contender(trainer, Clipper(name, threshold, options), memory)
     return contenders
 
 
-def gatherer(model: torch.nn.Module) -> Callable[[], StepGradients]:
-    """Gathers the gradients of a step; where they belong is found once, as in the Trainer."""
-    depths, axes = layer_depths(model), find_fan_in_axes(model)
-    places = {id(p): (name, depths[name].layer, p.ndim > 1, axes[name]) for name, p in model.named_parameters()}
-
-    def gather() -> StepGradients:
-        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        found = [places[id(parameter)] for parameter in parameters]
-        names, layers, groups, fan_in_axes = zip(*found, strict=True)
-        return StepGradients(names, parameters, [p.grad for p in parameters], layers, groups, fan_in_axes)
-
-    return gather
-
-
 def contender(
-    clipper: Clipper, gather: Callable[[], StepGradients], memory: dict[str, Any] | None = None
+    trainer: Any, clipper: Clipper, memory: dict[str, Any] | None = None
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    record = ClipRecord()
+    step = GradientStep(trainer)
+    step.clipper = clipper
 
     def prepare() -> None:
         if memory is not None:
             clipper.load_state_dict({"strategy": clipper.strategy.name, "state": memory})
 
     def clip() -> dict[str, float]:
-        record.add(clipper.clip_(gather()))
-        return record.take_logs()
+        step.take(trainer.model, mean_loss=lambda: 0.0, num_dropped=0, is_empty=False)
+        return step.record.take_logs()
 
     return prepare, clip
 

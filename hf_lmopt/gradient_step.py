@@ -25,13 +25,12 @@ from .layer_depth import layer_depths
 
 logger = logging.getLogger(__name__)
 
-CLIPPER_FILE = "clipper.json"
+STATE_FILE = "gradient_step.json"
 
 
-class _Place(NamedTuple):
+class ParameterPlace(NamedTuple):
     """Where a parameter stands in its model and optimizer."""
 
-    name: str
     layer: str
     group: int
     fan_in_axes: tuple[int, ...]
@@ -39,7 +38,7 @@ class _Place(NamedTuple):
 
 class GradientStep:
     """
-    Clips the gradient of each optimizer step of a Trainer, and skips steps.
+    Clips the gradient of each optimizer step of one training run, and skips steps.
 
     Args:
         trainer ([`LMOptMixin`]):
@@ -51,7 +50,7 @@ class GradientStep:
         self.trainer = trainer
         self.clipper = Clipper(args.clip_strategy, args.max_grad_norm or None, args.clip_kwargs)
         self.record = ClipRecord()
-        self._places: dict[int, _Place] = {}
+        self._places: dict[int, ParameterPlace] = {}
         self._is_skipped = False
         self._next_scale: float | None = None
 
@@ -79,16 +78,17 @@ class GradientStep:
         result = self.clipper.clip_(self._gradients_of(model))
         if has_listener(trainer, "on_clip"):
             shown = {"model": trainer.model, "optimizer": trainer.optimizer, "lr_scheduler": trainer.lr_scheduler}
-            call_event(trainer, "on_clip", **shown, loss=mean_loss(), clip=result, skip_step=reasons.append)
+            judged = {"loss": mean_loss(), "clip": result, "is_empty": is_empty}
+            call_event(trainer, "on_clip", **shown, **judged, skip_step=reasons.append)
         if is_empty:
             reasons = ["the gradient of every micro-batch has an inf or a NaN"]
         self._is_skipped = bool(reasons) or not result.is_finite
         self.hold_scheduler()
         self.record.add(result, is_skipped=self._is_skipped)
+        if not result.is_finite and trainer.accelerator.scaler is None:
+            reasons.append(self._explain_or_raise(model))
         if reasons:
             self._skip(model, "; ".join(reasons), by_overflow=is_empty)
-        elif not result.is_finite and trainer.accelerator.scaler is None:
-            self._raise_or_skip(model)
         return result.norm
 
     def hold_scheduler(self) -> None:
@@ -103,24 +103,26 @@ class GradientStep:
     def finish(self) -> None:
         """After the optimizer's step: sets the scale of fp16 training where a step or a micro-batch was left out."""
         if self._next_scale is not None:
-            self.trainer.accelerator.scaler.update(self._next_scale)
+            scaler = self.trainer.accelerator.scaler
+            scaler.load_state_dict({**scaler.state_dict(), "scale": self._next_scale, "_growth_tracker": 0})
             self._next_scale = None
 
     def save(self, folder: str) -> None:
-        """Writes what the clipping strategy remembers into a checkpoint."""
-        if self.clipper.state is not None:
-            write_json(os.path.join(folder, CLIPPER_FILE), self.clipper.state_dict())
+        """Writes into a checkpoint what the clipping strategy remembers, and the counts since the last log entry."""
+        state = {"clipper": self.clipper.state_dict(), "record": self.record.state_dict()}
+        write_json(os.path.join(folder, STATE_FILE), state)
 
     def load(self, folder: str) -> None:
-        """Reads it back; where a run of another strategy left no memory, it starts anew, and says so."""
-        path, strategy = os.path.join(folder, CLIPPER_FILE), self.clipper.strategy.name
-        if self.clipper.state is None:
-            return
+        """Reads it back; where a stock Trainer left no memory, it starts anew, and says so."""
+        path, strategy = os.path.join(folder, STATE_FILE), self.clipper.strategy.name
         if os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
-                self.clipper.load_state_dict(json.load(file))
-        else:
-            logger.warning(f"{folder} has no {CLIPPER_FILE}: the memory of clip_strategy={strategy!r} starts anew.")
+                state = json.load(file)
+            self.record.load_state_dict(state["record"])
+            if self.clipper.state is not None:
+                self.clipper.load_state_dict(state["clipper"])
+        elif self.clipper.state is not None:
+            logger.warning(f"{folder} has no {STATE_FILE}: the memory of clip_strategy={strategy!r} starts anew.")
 
     # ---- The gradient ----
 
@@ -130,7 +132,6 @@ class GradientStep:
             self._places = self._find_places(model)
         places = [self._places[id(parameter)] for parameter in parameters]
         return StepGradients(
-            names=[place.name for place in places],
             parameters=parameters,
             gradients=[parameter.grad for parameter in parameters],  # type: ignore[misc]
             layers=[place.layer for place in places],
@@ -138,19 +139,19 @@ class GradientStep:
             fan_in_axes=[place.fan_in_axes for place in places],
         )
 
-    def _find_places(self, model: nn.Module) -> dict[int, _Place]:
+    def _find_places(self, model: nn.Module) -> dict[int, ParameterPlace]:
         """The place of every parameter, by its id."""
         depths, fan_in_axes = layer_depths(model), find_fan_in_axes(model)
         groups = enumerate(self.trainer.optimizer.param_groups)
         group_of = {id(parameter): index for index, group in groups for parameter in group["params"]}
         return {
-            id(parameter): _Place(name, depths[name].layer, group_of.get(id(parameter), -1), fan_in_axes[name])
+            id(parameter): ParameterPlace(depths[name].layer, group_of.get(id(parameter), -1), fan_in_axes[name])
             for name, parameter in model.named_parameters()
         }
 
     # ---- Steps that are left out ----
 
-    def _raise_or_skip(self, model: nn.Module) -> None:
+    def _explain_or_raise(self, model: nn.Module) -> str:
         culprits = [
             name
             for name, parameter in model.named_parameters()
@@ -162,14 +163,14 @@ class GradientStep:
                 f"{what} at step {self.trainer.state.global_step + 1}: {culprits[:3]}. nonfinite_gradients='raise' "
                 "allows none. Lower the learning rate, look at the batch, or set nonfinite_gradients='skip_step'."
             )
-        self._skip(model, f"{what}: {culprits[:3]}")
+        return f"{what}: {culprits[:3]}"
 
     def _skip(self, model: nn.Module, reason: str, by_overflow: bool = False) -> None:
         logger.warning(f"Step {self.trainer.state.global_step + 1} is skipped: {reason}.")
         scaler = self.trainer.accelerator.scaler
         if scaler is not None and not by_overflow:
             # The scaler leaves a step out when it has found an inf. It then lowers its scale, which is put back.
-            self._next_scale = scaler.get_scale()
+            self._next_scale = self._next_scale or scaler.get_scale()
             for found_inf in scaler._found_inf_per_device(self.trainer.optimizer.optimizer).values():
                 found_inf.fill_(1.0)
         for parameter in model.parameters():

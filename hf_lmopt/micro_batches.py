@@ -23,8 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .callbacks.events import has_listener
 from .clipping import clip_global_norm_
 from .gradient_exchange import average_over_processes_, sum_over_processes
+from .optim.base import MomentumOptimizer
+from .parallelism import is_sharded
 
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -67,30 +70,32 @@ class MicroBatchOptions:
 
 def choose_micro_batch_options(trainer: Any) -> MicroBatchOptions:
     """
-    What a Trainer's arguments ask for.
+    What a Trainer's arguments and callbacks ask for.
 
     Raises:
         ValueError: if an option would do nothing, or gradients cannot be seen before they are summed.
     """
     args = trainer.args
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     options = MicroBatchOptions(
         clip_norm=args.micro_batch_clip_norm,
         drops_nonfinite=args.nonfinite_gradients == "drop_micro_batch",
         in_float32=args.accumulation_dtype == "float32",
+        is_watched=has_listener(trainer, "on_micro_batch"),
+        rounds_at_end=not isinstance(optimizer, MomentumOptimizer),
     )
-    parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    if options.is_needed and (trainer.is_fsdp_enabled or any(hasattr(p, "device_mesh") for p in parameters)):
+    if options.is_needed and (trainer.is_fsdp_enabled or is_sharded(trainer.model)):
         raise ValueError(
             f"{_names(options)} was given for a sharded model (FSDP), whose gradients are summed over processes "
-            "within the backward pass. One device and DDP show them before: use these, or leave the option out "
-            "(FSDP's mixed precision has reduce_dtype for sums in float32)."
+            "within the backward pass. One device and DDP show them before: use these, or leave it out (FSDP's mixed "
+            "precision has reduce_dtype for sums in float32)."
         )
-    if options.is_needed and trainer.loss_is_scaled_for_ga is True:
+    if options.is_needed and trainer.normalises_itself:
         raise ValueError(
             f"{_names(options)} was given to {type(trainer).__name__}, which normalises its loss itself, so that the "
-            "share of a micro-batch is not known. Leave the option out, or use a trainer class that does not."
+            "share of a micro-batch is not known. Leave it out, or use a trainer class that does not."
         )
-    if options.in_float32 and not any(parameter.dtype in HALF_TYPES for parameter in parameters):
+    if options.in_float32 and not any(p.dtype in HALF_TYPES for p in trainer.model.parameters() if p.requires_grad):
         raise ValueError(
             "accumulation_dtype='float32' was given for a model without trainable parameters in bfloat16 or float16, "
             "whose gradients are float32 already. Leave it out."
@@ -103,6 +108,7 @@ def _names(options: MicroBatchOptions) -> str:
         "micro_batch_clip_norm": options.clip_norm is not None,
         "nonfinite_gradients='drop_micro_batch'": options.drops_nonfinite,
         "accumulation_dtype": options.in_float32,
+        "a callback with on_micro_batch": options.is_watched,
     }
     return ", ".join(name for name, is_asked in asked.items() if is_asked)
 
@@ -141,7 +147,8 @@ class MicroBatches:
         self,
         loss: Tensor,
         num_items: Tensor,
-        factor: float,
+        divisor: Tensor,
+        scaler: torch.amp.GradScaler | None = None,
         watch: Callable[[Tensor, Tensor], None] = lambda norm, num_items: None,
     ) -> Tensor:
         """
@@ -152,22 +159,26 @@ class MicroBatches:
                 The micro-batch's share of the window's mean loss.
             num_items (`torch.Tensor`):
                 Examples or labelled tokens in the micro-batch.
-            factor (`float`):
-                What its own gradient was multiplied by: its share of the window, and the scale of fp16 training.
+            divisor (`torch.Tensor`):
+                What its own mean loss was divided by; see [`AccumulationWindow`].
+            scaler (`torch.amp.GradScaler`, *optional*):
+                That of fp16 training, which multiplied the loss.
             watch (`Callable`, *optional*):
-                Is given the norm of its own gradient, and `num_items`.
+                Is given the norm of the micro-batch's own gradient, and `num_items`.
 
         Returns:
-            `torch.Tensor`: the share of the loss that counts; 0 for a micro-batch without labels or left out.
+            `torch.Tensor`: the share of the loss that counts; 0 for a micro-batch that was left out.
         """
+        if not self.options.holds_apart:  # and nothing waits for the device
+            return loss
         if not int(num_items):
             self._put_back_zeros()
+            return loss
+        factor = (scaler.get_scale() if scaler is not None else 1.0) / float(divisor)
+        is_kept = self._look_at_gradient(loss, num_items, factor, watch)
+        self._put_back(adds=is_kept)
+        if not is_kept:
             return torch.zeros_like(loss)
-        if self.options.holds_apart:
-            is_kept = self._look_at_gradient(loss, num_items, factor, watch)
-            self._put_back(adds=is_kept)
-            if not is_kept:
-                return torch.zeros_like(loss)
         self.kept_items += int(num_items)
         self.kept_loss += float(loss)
         return loss
@@ -175,7 +186,7 @@ class MicroBatches:
     def _look_at_gradient(
         self, loss: Tensor, num_items: Tensor, factor: float, watch: Callable[[Tensor, Tensor], None]
     ) -> bool:
-        """Clips; returns whether the micro-batch is kept."""
+        """Clips; returns whether the micro-batch is kept. `factor` is what its own gradient was multiplied by."""
         threshold = None if self.options.clip_norm is None else self.options.clip_norm * factor
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         result = clip_global_norm_(gradients, threshold)
@@ -196,33 +207,34 @@ class MicroBatches:
 
     def _put_back_zeros(self) -> None:
         """Without labels there is nothing to add, and a loss over nothing may have left NaNs."""
-        if self.options.holds_apart:
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    parameter.grad.zero_()
-            self._put_back(adds=True)
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        self._put_back(adds=True)
 
-    def finish(self, total_items: float) -> float:
+    def finish(self, total_items: Tensor) -> float:
         """
         When the window is complete: averages over processes, and weights what was kept by all that there was.
 
         Args:
-            total_items (`float`):
+            total_items (`torch.Tensor`):
                 Items of the window over all processes.
 
         Returns:
             `float`: what the window's loss is to be multiplied by, as its gradient was; NaN if all was left out.
         """
         if self.world_size > 1:
-            counts = (self.kept_items, self.num_dropped, self.num_clipped)
-            self.kept_items, self.num_dropped, self.num_clipped = sum_over_processes(counts, self.parameters[0].device)
             average_over_processes_(self.parameters)
+            if self.options.holds_apart:
+                counts = (self.kept_items, self.num_dropped, self.num_clipped)
+                device = self.parameters[0].device
+                self.kept_items, self.num_dropped, self.num_clipped = sum_over_processes(counts, device)
         self.is_empty = self.num_dropped > 0 and not self.kept_items
-        weight = total_items / self.kept_items if self.num_dropped and self.kept_items else 1.0
+        weight = float(total_items) / self.kept_items if self.num_dropped and self.kept_items else 1.0
         for parameter in self.parameters:
             if parameter.grad is not None and weight != 1.0:
                 parameter.grad.mul_(weight)
-        if self.options.rounds_at_end:
+        if self.options.in_float32 and self.options.rounds_at_end:
             round_gradients_(self.parameters)
         return float("nan") if self.is_empty else weight
 

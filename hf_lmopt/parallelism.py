@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 def check_parallelism(trainer: Any) -> None:
@@ -26,3 +28,8 @@ def check_parallelism(trainer: Any) -> None:
                 "device, DDP and FSDP2 are supported: start the script with `torchrun --nproc_per_node N`, or show "
                 "it one device by CUDA_VISIBLE_DEVICES."
             )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are DTensors (FSDP2): each process has a part of each."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -3,7 +3,7 @@
 
 | of the Trainer | here | decided in |
 |---|---|---|
-| `create_optimizer` | parameter groups with real learning rates and names | `param_groups.py`, `optim/` |
+| `create_optimizer` | parameter groups with real learning rates and names | `trainer_optimizer.py`, `optim/` |
 | `get_batch_samples`, `training_step` | each micro-batch weighted by its share of the window | `accumulation.py` |
 | `training_step` | micro-batches clipped, dropped, added up in float32 | `micro_batches.py` |
 | `_clip_grad_norm`, `_get_grad_norm` | one clip per step; nothing non-finite reaches a weight | `gradient_step.py` |
@@ -17,26 +17,22 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.utils import find_labels
 
 from .accumulation import AccumulationWindow, choose_loss_reduction, count_loss_items, loss_drops_first_label
 from .arguments import LMOptArgumentsMixin
-from .callbacks.events import call_event, has_listener
-from .callbacks.figures import report_figures
+from .callbacks.events import call_event
+from .callbacks.figures import begin_reporting, report_figures
 from .checkpointing import newest_complete_checkpoint, replaced_when_complete
 from .gradient_step import GradientStep
 from .micro_batches import MicroBatches, choose_micro_batch_options, set_gradient_type_
-from .optim.base import MomentumOptimizer
 from .optim.explain import explain_implementation
-from .optim.registry import choose_optimizer, group_keys_of
 from .optim.schedule_free import averaged_weights
 from .optim.state_mapping import (
     check_same_algorithm,
@@ -47,14 +43,11 @@ from .optim.state_mapping import (
     name_stock_groups,
 )
 from .parallelism import check_parallelism
-from .param_groups import build_param_groups, describe_param_groups
+from .param_groups import describe_param_groups
+from .trainer_optimizer import build_trainer_groups, check_trainer_groups, choose_trainer_optimizer, takes_groups
 
 
 logger = logging.getLogger(__name__)
-
-# Keys by which transformers' own handlers bring groups of their own (GaLore, LOMO, layer-wise dummies).
-FOREIGN_GROUP_KEYS = frozenset({"params", "model", "optimizer_dict"})
-
 
 # A mixin at run time; a Trainer for the type checker.
 _TrainerBase: Any = Trainer if TYPE_CHECKING else object
@@ -92,16 +85,26 @@ class LMOptMixin(_TrainerBase):
                 "of LMOptArgumentsMixin and your own: change the class of args."
             )
         check_parallelism(self)
-        self._normalises_itself = self.loss_is_scaled_for_ga is True
-        self.loss_is_scaled_for_ga = self._normalises_itself
+        self.normalises_itself = self.loss_is_scaled_for_ga is True
+        self.loss_is_scaled_for_ga = self.normalises_itself
         self._window: AccumulationWindow | None = None
         self._loss_reduction = self.args.loss_reduction
+        self._lrs_by_layer: dict[str, float] = {}
+        self._begin_training()  # raises now for what could not be done then
+        check_trainer_groups(self)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        # Called once in each training: its optimizer is made, and no checkpoint is loaded yet.
+        self._begin_training()
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _begin_training(self) -> None:
+        """What lasts for one run; arguments and callbacks may have changed since the last."""
         self._window_losses: list[torch.Tensor] = []
         self._micro_batches: MicroBatches | None = None
         self._micro_batch_options = choose_micro_batch_options(self)
         self._gradient_step = GradientStep(self)
-        self._lrs_by_layer: dict[str, float] = {}
-        self._check_param_groups()
+        begin_reporting(self)
 
     # ---- Parameter groups and optimizer ----
 
@@ -109,9 +112,9 @@ class LMOptMixin(_TrainerBase):
         if self.optimizer is not None:
             return self.optimizer
         given = self.optimizer_cls_and_kwargs
-        optimizer_class, optimizer_kwargs = self._choose_optimizer(model)
-        if self._takes_groups(optimizer_class, optimizer_kwargs):
-            groups = self._build_param_groups(optimizer_kwargs, model)
+        optimizer_class, optimizer_kwargs = choose_trainer_optimizer(self, model)
+        if takes_groups(optimizer_class, optimizer_kwargs):
+            groups = build_trainer_groups(self, optimizer_kwargs, model)
             if self.is_world_process_zero():
                 print(describe_param_groups(groups))
             optimizer_kwargs = {**optimizer_kwargs, "params": groups}
@@ -125,43 +128,6 @@ class LMOptMixin(_TrainerBase):
             print(explain_implementation(optimizer))
         return optimizer
 
-    def _choose_optimizer(self, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
-        """The class (or factory) and its arguments: the caller's, this package's, or transformers' by `optim`."""
-        if self.optimizer_cls_and_kwargs is not None:
-            return self.optimizer_cls_and_kwargs
-        args = self.args
-        if args.optimizer is None:
-            return self.get_optimizer_cls_and_kwargs(args, model if model is not None else self.model)
-        return choose_optimizer(args.optimizer, args.optimizer_kwargs, args.decay_form, args.adam_kwargs())
-
-    @staticmethod
-    def _takes_groups(optimizer_class: Any, optimizer_kwargs: dict[str, Any]) -> bool:
-        return not (is_optimizer_factory(optimizer_class) or FOREIGN_GROUP_KEYS & set(optimizer_kwargs))
-
-    def _build_param_groups(
-        self, optimizer_kwargs: dict[str, Any], model: nn.Module | None = None
-    ) -> list[dict[str, Any]]:
-        args, lr = self.args, optimizer_kwargs.get("lr")
-        is_ours = args.optimizer is not None and self.optimizer_cls_and_kwargs is None
-        return build_param_groups(
-            model if model is not None else self.model,
-            lr=lr if lr is not None else args.learning_rate,
-            weight_decay=args.weight_decay,
-            group_keys=group_keys_of(args.optimizer, args.optimizer_kwargs) if is_ours else (),
-            **args.param_group_options(),
-        )
-
-    def _check_param_groups(self) -> None:
-        """Raises now for options that would fail, or do nothing, at the first step."""
-        optimizer_class, optimizer_kwargs = self._choose_optimizer() if self.optimizer is None else (None, {})
-        if optimizer_class is not None and self._takes_groups(optimizer_class, optimizer_kwargs):
-            self._build_param_groups(optimizer_kwargs)
-        elif changed := self.args.changed_param_group_options():
-            raise ValueError(
-                f"{', '.join(changed)} cannot be honoured: the optimizer that was given makes its own parameter "
-                "groups. Leave these options out, or let this Trainer build the optimizer (`optimizer`, `optim`)."
-            )
-
     # ---- Accumulation ----
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -171,14 +137,14 @@ class LMOptMixin(_TrainerBase):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         # With no count every loss is a mean over its own batch, in evaluation too.
-        return super()._get_num_items_in_batch(batch_samples, device) if self._normalises_itself else None
+        return super()._get_num_items_in_batch(batch_samples, device) if self.normalises_itself else None
 
     def _open_window(self, batches: list[dict[str, Any]]) -> AccumulationWindow | None:
         """Counts a window; none is needed for a single micro-batch, whose mean is the mean, if it is just added."""
         world_size = self.accelerator.num_processes
         self._micro_batches = self._open_micro_batches(world_size) if batches else None
         is_single = self.args.gradient_accumulation_steps * world_size == 1 and self._micro_batches is None
-        if self._normalises_itself or not batches or is_single:
+        if self.normalises_itself or not batches or is_single:
             return None
         if self._loss_reduction is None:
             self._loss_reduction = choose_loss_reduction(
@@ -190,11 +156,7 @@ class LMOptMixin(_TrainerBase):
         )
 
     def _open_micro_batches(self, world_size: int) -> MicroBatches | None:
-        options = replace(
-            self._micro_batch_options,
-            is_watched=has_listener(self, "on_micro_batch"),
-            rounds_at_end=not isinstance(getattr(self.optimizer, "optimizer", self.optimizer), MomentumOptimizer),
-        )
+        options = self._micro_batch_options
         return MicroBatches(self.model.parameters(), options, world_size) if options.is_needed else None
 
     def _drops_first_label(self, batch: dict[str, Any], label_name: str) -> bool:
@@ -230,18 +192,18 @@ class LMOptMixin(_TrainerBase):
         micro_batches.begin()
         with self.accelerator.no_sync(model):
             loss = self._weighted_training_step(model, inputs, num_items, divisor)
-        scaler = self.accelerator.scaler
-        factor = (scaler.get_scale() if scaler is not None else 1.0) / float(divisor)
         loss = micro_batches.end(
             loss,
             num_items,
-            factor,
+            divisor,
+            self.accelerator.scaler,
             lambda norm, num_items: call_event(self, "on_micro_batch", grad_norm=norm, num_items=num_items),
         )
         if window.is_used_up:
-            weight = micro_batches.finish(float(window.items_per_process) * self.accelerator.num_processes)
-            self._gradient_step.record.add_micro_batches(micro_batches.num_clipped, micro_batches.num_dropped)
-            loss = loss + (weight - 1) * micro_batches.kept_loss
+            weight = micro_batches.finish(window.items_per_process * self.accelerator.num_processes)
+            if self._micro_batch_options.holds_apart:
+                self._gradient_step.record.add_micro_batches(micro_batches.num_clipped, micro_batches.num_dropped)
+                loss = loss + (weight - 1) * micro_batches.kept_loss
         return loss
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
@@ -309,6 +271,7 @@ class LMOptMixin(_TrainerBase):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             self._gradient_step.save(output_dir)
+        call_event(self, "on_checkpoint", folder=output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint:

@@ -9,6 +9,7 @@ from accumulation_cases import CASES, train_window
 from gradient_step_cases import FOUR_STEPS, STRATEGIES, arguments_of, train_language_model
 from tiny_models import TINY_MODELS, tiny_bert_classifier
 from trainer_cases import build_trainer, same_weights, step_logs, weights
+from transformers import Trainer, TrainingArguments
 from two_processes import run_in_two_processes
 
 
@@ -82,12 +83,41 @@ def test_what_a_strategy_remembers_comes_back_with_a_checkpoint(strategy: str, t
     assert any(entry["clipped_steps"] for entry in runs["whole"][1])
 
 
+def test_counts_since_the_last_log_entry_come_back_with_a_checkpoint(tmp_path: Path) -> None:
+    arguments = {"max_grad_norm": 0.01, "save_strategy": "steps", "save_steps": 2, "logging_steps": 4, "max_steps": 4}
+    whole = build_trainer(tmp_path, tiny_bert_classifier(), **arguments)
+    whole.train()
+    resumed = build_trainer(tmp_path, tiny_bert_classifier(), **arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [entry["clipped_steps"] for entry in step_logs(whole)] == [4]
+    assert [entry["clipped_steps"] for entry in step_logs(resumed)] == [4]
+
+
+def test_arguments_count_as_they_are_when_training_begins(tmp_path: Path) -> None:
+    """A hyperparameter search sets them on a Trainer that was built before."""
+    trainer = build_trainer(tmp_path, tiny_bert_classifier(), max_steps=1, learning_rate=0.0)
+    trainer.args.max_grad_norm = 0.01
+    trainer.train()
+    assert step_logs(trainer)[-1]["grad_norm_clipped"] == pytest.approx(0.01, rel=1e-3)
+    trainer.args.micro_batch_clip_norm = 0.02
+    trainer.train()
+    assert step_logs(trainer)[-1]["clipped_micro_batches"] == 2
+
+
+def test_a_second_training_starts_with_an_empty_memory(tmp_path: Path) -> None:
+    trainer = build_trainer(tmp_path, tiny_bert_classifier(), clip_strategy="quantile", max_steps=4)
+    for _ in range(2):
+        trainer.train()
+        assert len(trainer._gradient_step.clipper.state.norms) == 4
+
+
 def test_memory_that_is_not_there_is_told_and_that_of_another_strategy_refused(tmp_path: Path, caplog: Any) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    build_trainer(tmp_path / "plain", tiny_bert_classifier(), **saving).train()
+    stock = {"trainer_class": Trainer, "arguments_class": TrainingArguments}
+    build_trainer(tmp_path / "plain", tiny_bert_classifier(), **saving, **stock).train()
     trainer = build_trainer(tmp_path / "plain", tiny_bert_classifier(), clip_strategy="quantile", **saving)
     trainer.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-2"))
-    assert "has no clipper.json: the memory of clip_strategy='quantile' starts anew" in caplog.text
+    assert "has no gradient_step.json: the memory of clip_strategy='quantile' starts anew" in caplog.text
     trainer = build_trainer(tmp_path / "plain", tiny_bert_classifier(), clip_strategy="zscore", **saving)
     with pytest.raises(ValueError, match="clip_strategy='quantile', and this run has 'zscore'"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-4"))

@@ -299,6 +299,28 @@ def test_a_callback_can_skip_a_step(run: Any, tmp_path: Path) -> None:
         assert scaler.get_scale() == 2.0**8  # nothing overflowed
 
 
+def test_a_callback_that_skips_does_not_silence_the_policy_to_raise(tmp_path: Path) -> None:
+    trainer = build_trainer(
+        tmp_path, tiny_bert_classifier(), (SkipSecondStep(),), trainer_class=PoisonAll, nonfinite_gradients="raise"
+    )
+    with pytest.raises(FloatingPointError, match="at step 2"):
+        trainer.train()
+
+
+def test_nothing_waits_for_the_device_where_gradients_are_only_added_up(tmp_path: Path, monkeypatch: Any) -> None:
+    """`float32` sums need no look at a micro-batch: no norm is taken, no number read."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a micro-batch is looked at")
+
+    monkeypatch.setattr("hf_lmopt.micro_batches.MicroBatches._look_at_gradient", fail)
+    monkeypatch.setattr("hf_lmopt.micro_batches.MicroBatches._put_back", fail)
+    model = tiny_bert_classifier().to(torch.bfloat16)
+    trainer = build_trainer(tmp_path, model, accumulation_dtype="float32", optimizer="adamw", max_steps=2)
+    trainer.train()
+    assert "dropped_micro_batches" not in step_logs(trainer)[0]
+
+
 # ---- Refusals ----
 
 
@@ -324,3 +346,15 @@ def test_a_trainer_that_normalises_its_loss_itself_cannot_take_micro_batches_apa
 
     with pytest.raises(ValueError, match="micro_batch_clip_norm was given to Own, which normalises its loss itself"):
         build_trainer(tmp_path, tiny_bert_classifier(), trainer_class=Own, micro_batch_clip_norm=1.0)
+
+
+def test_a_callback_that_watches_micro_batches_is_refused_where_they_cannot_be_seen(tmp_path: Path) -> None:
+    class Own(LMOptMixin, Trainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.loss_is_scaled_for_ga = True
+            super().__init__(*args, **kwargs)
+
+    trainer = build_trainer(tmp_path, tiny_bert_classifier(), trainer_class=Own)
+    trainer.add_callback(WatchMicroBatches())
+    with pytest.raises(ValueError, match="a callback with on_micro_batch was given to Own"):
+        trainer.train()

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+
+REPORTERS = tuple(INTEGRATION_TO_CALLBACK.values())
 
 
 class FigureCallback(TrainerCallback):
@@ -18,6 +21,8 @@ class FigureCallback(TrainerCallback):
     of `report_to`: TensorBoard, W&B, trackio. The console stays free of it.
     """
 
+    # Set by a Trainer that will take what is recorded; else nothing would ever be taken away.
+    is_reported: bool = False
     _unreported: list[dict[str, float]]
 
     def record(self, state: Any, figures: Mapping[str, float]) -> None:
@@ -32,25 +37,28 @@ class FigureCallback(TrainerCallback):
         """
         entry = {name: float(value) for name, value in figures.items()}
         state.log_history.append({"epoch": state.epoch or 0.0, **entry, "step": state.global_step + 1})
-        self.__dict__.setdefault("_unreported", []).append(entry)
+        if self.is_reported:
+            self.__dict__.setdefault("_unreported", []).append(entry)
 
     def take_unreported(self) -> list[dict[str, float]]:
         """What was recorded since the last call."""
         return self.__dict__.pop("_unreported", [])
 
 
+def begin_reporting(trainer: Any) -> None:
+    """Lets the callbacks of a Trainer keep what they record, until [`report_figures`] takes it."""
+    for callback in _figure_callbacks(trainer):
+        callback.is_reported = True
+
+
 def report_figures(trainer: Any) -> None:
     """Hands the figures of all callbacks to the Trainer's reporters."""
-    callbacks = trainer.callback_handler.callbacks
-    taken = [entry for callback in callbacks if isinstance(callback, FigureCallback) for entry in _take(callback)]
-    if not taken:
-        return
-    reporters = tuple(get_reporting_integration_callbacks(trainer.args.report_to))
-    for callback in callbacks:
-        if reporters and isinstance(callback, reporters):
-            for entry in taken:
-                callback.on_log(trainer.args, trainer.state, trainer.control, logs=dict(entry), model=trainer.model)
+    taken = [entry for callback in _figure_callbacks(trainer) for entry in callback.take_unreported()]
+    reporters = [each for each in trainer.callback_handler.callbacks if isinstance(each, REPORTERS)] if taken else []
+    for reporter in reporters:
+        for entry in taken:
+            reporter.on_log(trainer.args, trainer.state, trainer.control, logs=dict(entry), model=trainer.model)
 
 
-def _take(callback: FigureCallback) -> list[dict[str, float]]:
-    return callback.take_unreported()
+def _figure_callbacks(trainer: Any) -> list[FigureCallback]:
+    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, FigureCallback)]

@@ -15,7 +15,7 @@ from .global_norm import clip_global_norm_, compute_global_norm, measure_global_
 from .per_part import clip_per_part_
 from .quantile import NormHistory, clip_quantile_
 from .record import ClipRecord, ClipResult
-from .strategies import CLIP_STRATEGIES, ClipStrategy, check_clip_kwargs, check_clip_options
+from .strategies import CLIP_STRATEGIES, ClipStrategy, check_clip_kwargs, check_clip_options, clipping_table
 from .units import find_fan_in_axes
 from .value import clip_value_
 from .zscore import NormStatistics, clip_zscore_
@@ -38,6 +38,7 @@ __all__ = [
     "clip_quantile_",
     "clip_value_",
     "clip_zscore_",
+    "clipping_table",
     "compute_global_norm",
     "find_fan_in_axes",
     "measure_global_norm",

@@ -19,10 +19,8 @@ class StepGradients:
     The gradients of one optimizer step and what strategies want to know of them; all sequences have one length.
 
     Args:
-        names (`Sequence[str]`):
-            Names of the parameters that have a gradient.
         parameters (`Sequence[torch.Tensor]`):
-            The parameters.
+            The parameters that have a gradient.
         gradients (`Sequence[torch.Tensor]`):
             Their gradients, unscaled and fully accumulated.
         layers (`Sequence[str]`):
@@ -33,7 +31,6 @@ class StepGradients:
             The axes of each that a unit's norm is taken over, as [`find_fan_in_axes`] gives them; for `"adaptive"`.
     """
 
-    names: Sequence[str]
     parameters: Sequence[torch.Tensor]
     gradients: Sequence[torch.Tensor]
     layers: Sequence[str]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
@@ -58,6 +58,15 @@ class ClipRecord:
         """Takes in what was done to the micro-batches of one window."""
         self.clipped_micro_batches = (self.clipped_micro_batches or 0) + num_clipped
         self.dropped_micro_batches = (self.dropped_micro_batches or 0) + num_dropped
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts since the last log entry, as plain values."""
+        return {name: value for name, value in asdict(self).items() if name != "last"}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from these counts."""
+        for name, value in state.items():
+            setattr(self, name, value)
 
     def take_logs(self) -> dict[str, float]:
         """The entries for the log, after which the counts start again from zero."""

@@ -181,3 +181,16 @@ def _is_number(value: Any) -> bool:
 
 def _is_count(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def clipping_table() -> str:
+    """The strategies, two lines each: what it does, its threshold and source, then its options with their defaults."""
+    width = max(map(len, CLIP_STRATEGIES))
+    lines = [f"{'name':{width}}  threshold      what"]
+    for strategy in CLIP_STRATEGIES.values():
+        threshold = "max_grad_norm" if strategy.takes_max_norm else "none" if strategy.name == "none" else "its own"
+        source = f"; {strategy.paper}" if strategy.paper else ""
+        options = ", ".join(f"{name}={value}" for name, value in strategy.options.items())
+        lines.append(f"{strategy.name:{width}}  {threshold:13}  {strategy.summary}{source}")
+        lines += [f"{'':{width}}                 {options}"] if options else []
+    return "\n".join(lines)

@@ -27,8 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"quantile": {"quantile": 0.5}, "zscore": {
 
 def a_step(gradients: list[torch.Tensor]) -> StepGradients:
     weights = random_gradients(seed=1)
-    names = [f"{layer}.{index}" for index, layer in enumerate(LAYERS)]
-    return StepGradients(names, weights, gradients, LAYERS, GROUPS, AXES)
+    return StepGradients(weights, gradients, LAYERS, GROUPS, AXES)
 
 
 def a_clipper(name: str, max_norm: float | None = 1.0) -> Clipper:

@@ -64,7 +64,7 @@ def run(name: str, meshes: dict[str, DeviceMesh] | None) -> list[dict[str, Any]]
                 local[-1, -1] = math.nan
         groups = [index % 2 for index in range(len(TENSORS))]
         result = clipper.clip_(
-            StepGradients(layers, tensors(1.0, 100, meshes), gradients, layers, groups, fan_in_axes=axes)
+            StepGradients(tensors(1.0, 100, meshes), gradients, layers, groups, fan_in_axes=axes)
         )
         outcomes.append(
             {
