@@ -3,7 +3,8 @@ Files that are never half-written: write beside, then rename; and checkpoints th
 
 The Trainer writes a checkpoint folder in place and `trainer_state.json` last. A full disk or a Ctrl-C leaves a folder
 that `get_last_checkpoint` would pick and that cannot be loaded. Here a checkpoint counts as complete only when that
-last file is there and readable, and a save that fails puts back whatever it was about to replace.
+last file is there and readable, with the files of callbacks that it notes, and a save that fails puts back whatever it
+was about to replace.
 """
 
 from __future__ import annotations
@@ -106,12 +107,29 @@ def replaced_when_complete(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def is_complete_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether a checkpoint folder was written to its end: its last file, `trainer_state.json`, can be read."""
+    """
+    Whether a checkpoint folder was written to its end: its last file, `trainer_state.json`, can be read, and the files
+    of callbacks that it notes are there.
+    """
+    folder = Path(path)
     try:
-        json.loads((Path(path) / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+        state = json.loads((folder / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return True
+    return all((folder / name).is_file() for name in _files_of_callbacks(state))
+
+
+def _files_of_callbacks(state: dict[str, Any]) -> Iterator[str]:
+    """
+    Names of the files that callbacks wrote into the checkpoint of a state, by their marks in it.
+
+    A mark of another step is of a callback that the run has lost since, or of a stock Trainer, which notes it late.
+    """
+    for noted in state.get("stateful_callbacks", {}).values():
+        for entry in noted if isinstance(noted, list) else [noted]:
+            mark = entry.get("attributes", {}).get("file_mark") or {}
+            if "step" in mark and mark["step"] == state.get("global_step"):
+                yield mark["file"]
 
 
 def _checkpoints_by_step(output_dir: str | os.PathLike[str]) -> list[Path]:

@@ -8,6 +8,7 @@ import pytest
 from hf_lmopt import checkpointing
 from hf_lmopt.checkpointing import (
     file_sha256,
+    is_complete_checkpoint,
     new_directory,
     newest_complete_checkpoint,
     prepare_output_dir,
@@ -84,6 +85,23 @@ def test_newest_complete_checkpoint_counts_steps_as_numbers(tmp_path: Path) -> N
         (folder / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-300").mkdir()
     assert newest_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+
+
+def test_a_checkpoint_that_notes_a_file_of_a_callback_is_complete_with_it(tmp_path: Path) -> None:
+    def note(*marks: dict[str, object]) -> None:
+        entries = [{"args": {}, "attributes": {"file_mark": mark}} for mark in marks]
+        callbacks = {"Other": {"args": {}, "attributes": {}}, "Own": entries if len(entries) > 1 else entries[0]}
+        write_json(tmp_path / "trainer_state.json", {"global_step": 4, "stateful_callbacks": callbacks})
+
+    for marks in (({},), ({"file": "own.pt"},), ({"file": "own.pt", "step": 2},)):
+        note(*marks)  # none was written at this step
+        assert is_complete_checkpoint(tmp_path)
+    for marks in (({"file": "own.pt", "step": 4},), ({}, {"file": "own.pt", "step": 4})):
+        note(*marks)
+        assert not is_complete_checkpoint(tmp_path)
+        (tmp_path / "own.pt").write_text("")
+        assert is_complete_checkpoint(tmp_path)
+        (tmp_path / "own.pt").unlink()
 
 
 def test_a_folder_with_another_run_is_refused_unless_it_is_resumed(tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from ..layer_depth import layer_depths
 
@@ -50,7 +52,7 @@ class GradualUnfreezing(TrainerCallback):
     Raises:
         ValueError: for an interval that is missing, given twice or not positive, here; when training begins, if the
             run ends before all layers are trained, or for settings under which frozen layers stop the gradient of
-            others.
+            others. A run by epochs over data without a length, and one that is stopped early, warns at its end.
         NotImplementedError: for sharded parameters (FSDP), when training begins.
     """
 
@@ -86,11 +88,13 @@ class GradualUnfreezing(TrainerCallback):
         # The epoch is a sum of fractions: 0.3 / 0.1 must be 3.
         return 1 + math.floor(epoch / (self.epochs_per_layer or 1) + 1e-6)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
         self._thaw(self._layers)  # what a training that was interrupted has left frozen
         _check_setting(args, model)
         self._layers = _trainable_by_distance(model)
-        self._check_length(state)
+        self._check_length(state.max_steps, _epoch_before(state.max_steps - 1, args, train_dataloader))
         for layer in self._layers:
             _set_requires_grad(layer, False)
         self._num_trained = 0
@@ -101,6 +105,11 @@ class GradualUnfreezing(TrainerCallback):
         self._thaw_up_to(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._num_trained < len(self._layers):
+            logger.warning(
+                f"Training ended at step {state.global_step}, when {self._num_trained} of {len(self._layers)} layers "
+                "were trained."
+            )
         self._thaw(self._layers)
         self._layers = []
 
@@ -115,14 +124,28 @@ class GradualUnfreezing(TrainerCallback):
         for layer in layers:
             _set_requires_grad(layer, True)
 
-    def _check_length(self, state: Any) -> None:
-        if self.num_trained(state.max_steps - 1, state.num_train_epochs - 1e-3) < len(self._layers):
+    def _check_length(self, max_steps: int, last_epoch: float) -> None:
+        num_trained = self.num_trained(max_steps - 1, last_epoch)
+        if num_trained < len(self._layers):
             raise ValueError(
                 f"epochs_per_layer={self.epochs_per_layer}, steps_per_layer={self.steps_per_layer} leave "
-                f"{self._layers[-1][0][0]} frozen through all of the run's {state.max_steps} steps "
-                f"({state.num_train_epochs} epochs): there are {len(self._layers)} layers to train. Lower the "
-                "interval, or freeze by requires_grad_(False) before training what is not to be trained."
+                f"{self._layers[-1][0][0]} frozen through all of the run's {max_steps} steps: the last one trains "
+                f"{num_trained} of {len(self._layers)} layers. Lower the interval, or freeze by requires_grad_(False) "
+                "before training what is not to be trained."
             )
+
+
+def _epoch_before(step: int, args: Any, train_dataloader: Any) -> float:
+    """
+    The epoch after `step` steps, as the Trainer counts it: the micro-batches done over those of an epoch.
+
+    For data without a length, where only the run can tell, the largest that the Trainer allows.
+    """
+    if not has_length(train_dataloader):
+        return sys.maxsize
+    micro_batches, accumulation = max(len(train_dataloader), 1), args.gradient_accumulation_steps
+    epoch, steps = divmod(step, math.ceil(micro_batches / accumulation))
+    return epoch + steps * accumulation / micro_batches
 
 
 def _trainable_by_distance(model: nn.Module) -> list[list[tuple[str, nn.Parameter]]]:

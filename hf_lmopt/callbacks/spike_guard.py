@@ -14,20 +14,17 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
 from transformers.trainer_callback import ExportableState
 
-from ..arguments import LMOptArgumentsMixin
-from .checkpoint_file import new_mark, read_checkpoint_file, resumed_attributes, write_checkpoint_file
+from .checkpoint_file import CheckpointFileCallback, Mark, new_mark, read_checkpoint_file, resumed_attributes
 from .figures import FigureCallback
 from .good_state import GoodState, copy_state, restore_state_
+from .lr_cooldown import LRCooldown
+from .spike_guard_settings import WATCHED, check_arguments, check_trainer
 from .spike_history import SpikeHistory
 
 
 FILE_NAME = "spike_guard.pt"
-ACTIONS = ("skip_step", "roll_back")
-WATCHED = ("loss", "norm")
-
 KEEP_EVERY = 20
 LARGEST_SHOWN = 1e6  # an inf has no place in a plot
 
@@ -42,18 +39,10 @@ ARGUMENTS = (
     "cooldown_steps",
     "max_spikes_in_a_row",
 )
-PROGRESS = (
-    "taken_steps",
-    "skipped_steps",
-    "rollbacks",
-    "spikes_in_a_row",
-    "cooldown_end",
-    "largest_z",
-    "file_mark",
-)
+PROGRESS = ("taken_steps", "skipped_steps", "rollbacks", "spikes_in_a_row", "largest_z")
 
 
-class SpikeGuard(FigureCallback, ExportableState):
+class SpikeGuard(FigureCallback, CheckpointFileCallback, ExportableState):
     r"""
     Skips a step whose loss or gradient norm is a spike, or goes back to the last good state, and cools the rate.
 
@@ -66,7 +55,9 @@ class SpikeGuard(FigureCallback, ExportableState):
 
         z = (value - median) / max(1.4826 * median(|history - median|), 0.02 * |median|)
 
-    A z above `z_threshold`, an inf or a NaN is a spike. With `"skip_step"` it is left out. With `"roll_back"` weights,
+    A z above `z_threshold`, an inf or a NaN is a spike. Left to the Trainer is what it deals with itself: an overflow
+    under fp16's scaler, a window without a gradient, or one of which `nonfinite_gradients="drop_micro_batch"` has
+    dropped every micro-batch. With `"skip_step"` it is left out. With `"roll_back"` weights,
     buffers and the optimizer's state also become those of the last copy, made just before a step whose loss and norm
     were good; schedules and data go on. Then the learning rate of every group is multiplied by `lr_factor` for
     `cooldown_steps` steps; it is put back before the scheduler moves, which therefore never notices, and the
@@ -77,8 +68,12 @@ class SpikeGuard(FigureCallback, ExportableState):
     exact to the bit, whether or not the Trainer restores callbacks' states. A [`WeightAverage`] keeps what it has
     averaged.
 
-    Figures, at each logging step and each spike: `spike_guard/z_score` (largest since the last entry),
-    `spike_guard/skipped_steps` and `spike_guard/rollbacks` (so far), `spike_guard/lr_factor` (of this step).
+    The clip comes first: a step that is skipped here is already in the memory of `clip_strategy="quantile"` and
+    `"zscore"`.
+
+    Figures, every `logging_steps` steps (unless that is 0) and at each spike: `spike_guard/z_score` (largest since the
+    last entry), `spike_guard/skipped_steps` and `spike_guard/rollbacks` (so far), `spike_guard/lr_factor` (of this
+    step).
 
     Works under [`LMOptMixin`]: a stock Trainer shows no callback the loss of a step, nor a norm before the clip.
 
@@ -111,6 +106,8 @@ class SpikeGuard(FigureCallback, ExportableState):
         RuntimeError: after too many spikes in a row.
     """
 
+    file_name = FILE_NAME
+
     def __init__(
         self,
         action: str = "skip_step",
@@ -127,48 +124,53 @@ class SpikeGuard(FigureCallback, ExportableState):
         self.z_threshold, self.history_length, self.warmup_steps = z_threshold, history_length, warmup_steps
         self.keep_every, self.lr_factor, self.cooldown_steps = keep_every, lr_factor, cooldown_steps
         self.max_spikes_in_a_row = max_spikes_in_a_row
-        _check(self._values(ARGUMENTS))
+        check_arguments(self._values(ARGUMENTS))
         self._begin()
 
     def _begin(self) -> None:
         self._history = SpikeHistory(self.watch, self.history_length)
+        self._cooldown = LRCooldown(self.lr_factor, self.cooldown_steps)
         self.taken_steps = self.skipped_steps = self.rollbacks = self.spikes_in_a_row = 0
-        self.cooldown_end = 0  # the first step at the full rate again
         self.largest_z = 0.0
-        self.file_mark: dict[str, str] = {}
+        self.file_mark: Mark = {}
         self._good: GoodState | None = None
-        self._full_lrs: list[float | Tensor] | None = None
         self._is_spike = False
 
     # ---- State ----
 
     def state(self) -> dict[str, Any]:
         """What is noted in `trainer_state.json`."""
-        attributes = {**self._values(PROGRESS), "history": self._history.state()}
+        attributes = {
+            **self._values(PROGRESS),
+            "cooldown_end": self._cooldown.end,
+            "history": self._history.state(),
+            "file_mark": dict(self.file_mark),
+        }
         return {"args": self._values(ARGUMENTS), "attributes": attributes}
 
     def _values(self, names: Iterable[str]) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        _check_setting(args, model, self.action)
+        check_trainer(args, model, self.action)
         self._begin()
         noted = resumed_attributes(self, state)
         if noted is not None:
-            self._resume(noted)
+            self._resume(noted, args, state)
         if self.action == "roll_back":
-            if self.file_mark:
-                self._good = read_checkpoint_file(FILE_NAME, self.file_mark, args, state)["good"]
             self.file_mark = new_mark(FILE_NAME, args, state)
 
-    def _resume(self, noted: dict[str, Any]) -> None:
+    def _resume(self, noted: dict[str, Any], args: Any, state: Any) -> None:
         for name in PROGRESS:
             setattr(self, name, noted[name])
+        self._cooldown.end = noted["cooldown_end"]
         self._history.load(noted["history"])
+        if self.action == "roll_back" and noted["file_mark"]:
+            self._good = read_checkpoint_file(FILE_NAME, noted["file_mark"], args, state)["good"]
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.action == "roll_back":
-            write_checkpoint_file(FILE_NAME, self.file_mark, args, state, {"good": self._good})
+    def file_content(self, state: Any) -> dict[str, Any] | None:
+        """What `spike_guard.pt` holds."""
+        return {"good": self._good} if self.action == "roll_back" else None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._good = None
@@ -186,15 +188,14 @@ class SpikeGuard(FigureCallback, ExportableState):
         loss: float,
         clip: Any,
         skip_step: Any,
+        is_empty: bool = False,
         **kwargs: Any,
     ) -> None:
         """The event of [`LMOptMixin`] between the clip and the step."""
         values = {"loss": loss, "norm": float(clip.norm)}
-        if _is_left_to_trainer(values, optimizer):
+        if is_empty or _is_left_to_trainer(values, optimizer):
             return
         scores = self._judge(values)
-        self.largest_z = min(max(self.largest_z, *scores.values()), LARGEST_SHOWN)
-        self._is_spike = any(z > self.z_threshold for z in scores.values())
         if not self._is_spike:
             self._take(values, model, optimizer)
             return
@@ -206,9 +207,11 @@ class SpikeGuard(FigureCallback, ExportableState):
             skip_step(f"SpikeGuard: {_describe(values, scores)}")
 
     def _judge(self, values: dict[str, float]) -> dict[str, float]:
-        if self.taken_steps < self.warmup_steps:
-            return dict.fromkeys(self.watch, 0.0)
-        return self._history.judge(values)
+        is_judged = self.taken_steps >= self.warmup_steps
+        scores = self._history.judge(values) if is_judged else dict.fromkeys(self.watch, 0.0)
+        self.largest_z = min(max(self.largest_z, *scores.values()), LARGEST_SHOWN)
+        self._is_spike = any(z > self.z_threshold for z in scores.values())
+        return scores
 
     def _take(self, values: dict[str, float], model: Any, optimizer: Any) -> None:
         """A good step. Where it starts from is known to be good now; where it leads to is not."""
@@ -231,29 +234,25 @@ class SpikeGuard(FigureCallback, ExportableState):
                 "z_threshold if such values are usual here."
             )
         self.skipped_steps += 1
-        self.cooldown_end = state.global_step + 1 + self.cooldown_steps
+        self._cooldown.start(state.global_step)
 
-    # ---- The cool-down ----
+    # ---- The cool-down, and figures ----
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        if state.global_step < self.cooldown_end:
-            self._full_lrs = [_value(group["lr"]) for group in optimizer.param_groups]
-            _set_lrs(optimizer, [lr * self.lr_factor for lr in self._full_lrs])
+        self._cooldown.lower_(optimizer, state.global_step)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        factor = 1.0
-        if self._full_lrs is not None:
-            _set_lrs(optimizer, self._full_lrs)
-            self._full_lrs, factor = None, self.lr_factor
-        if self._is_spike or (state.global_step + 1) % state.logging_steps == 0:
-            self._record_figures(state, factor)
+        lr_factor = self._cooldown.put_back_(optimizer)
+        is_logged = state.logging_steps > 0 and (state.global_step + 1) % state.logging_steps == 0
+        if self._is_spike or is_logged:
+            self._record_figures(state, lr_factor)
 
-    def _record_figures(self, state: Any, factor: float) -> None:
+    def _record_figures(self, state: Any, lr_factor: float) -> None:
         figures = {
             "z_score": self.largest_z,
             "skipped_steps": self.skipped_steps,
             "rollbacks": self.rollbacks,
-            "lr_factor": factor,
+            "lr_factor": lr_factor,
         }
         self.record(state, {f"spike_guard/{name}": value for name, value in figures.items()})
         self.largest_z, self._is_spike = 0.0, False
@@ -268,57 +267,3 @@ def _is_left_to_trainer(values: dict[str, float], optimizer: Any) -> bool:
 
 def _describe(values: dict[str, float], scores: dict[str, float]) -> str:
     return ", ".join(f"{name} {values[name]:.4g} (z = {z:.1f})" for name, z in scores.items())
-
-
-def _value(lr: float | Tensor) -> float | Tensor:
-    return lr.clone() if isinstance(lr, Tensor) else lr
-
-
-def _set_lrs(optimizer: Any, lrs: Iterable[float | Tensor]) -> None:
-    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)  # compiled code holds on to the tensor
-        else:
-            group["lr"] = lr
-
-
-def _check_setting(args: Any, model: Any, action: str) -> None:
-    if not isinstance(args, LMOptArgumentsMixin):
-        raise TypeError(
-            f"SpikeGuard was given to a Trainer with {type(args).__name__}, which shows callbacks neither a step's "
-            "loss nor the norm before the clip. It needs LMOptMixin: use LMOptTrainer with LMOptArguments."
-        )
-    if action == "roll_back" and any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
-        raise NotImplementedError(
-            "SpikeGuard('roll_back') was given to a sharded model (FSDP), and its copy is of whole weights. It works "
-            "on one device and under DDP: use one of these, or SpikeGuard('skip_step')."
-        )
-
-
-LEAST = {"history_length": 8, "warmup_steps": 8, "keep_every": 1, "cooldown_steps": 0, "max_spikes_in_a_row": 1}
-
-
-def _check(given: dict[str, Any]) -> None:
-    if given["action"] not in ACTIONS:
-        raise ValueError(f"action={given['action']!r} is unknown. There are {list(ACTIONS)}: choose one of them.")
-    if not given["watch"] or set(given["watch"]) - set(WATCHED):
-        raise ValueError(
-            f"watch={given['watch']} must hold one or both of {list(WATCHED)}. Name what is to be judged."
-        )
-    if given["keep_every"] is not None and given["action"] != "roll_back":
-        raise ValueError(
-            f"keep_every={given['keep_every']} is not read by action={given['action']!r}. Leave it out, or use "
-            "action='roll_back'."
-        )
-    if given["z_threshold"] <= 0:
-        raise ValueError(
-            f"z_threshold={given['z_threshold']} is not positive: half of all steps would be spikes. Use 10 or so."
-        )
-    if not 0 < given["lr_factor"] < 1:
-        raise ValueError(
-            f"lr_factor={given['lr_factor']} is outside (0, 1), and would not cool. Use a value such as 0.5, or "
-            "cooldown_steps=0 to leave the rate alone."
-        )
-    for name, least in LEAST.items():
-        if given[name] is not None and given[name] < least:
-            raise ValueError(f"{name}={given[name]} is too small: it must be {least} or more. Raise it.")

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from .checkpoint_file import new_mark, read_checkpoint_file, resumed_attributes, write_checkpoint_file
+from .checkpoint_file import CheckpointFileCallback, Mark, new_mark, read_checkpoint_file, resumed_attributes
 
 
 logger = logging.getLogger(__name__)
@@ -26,7 +25,7 @@ logger = logging.getLogger(__name__)
 FILE_NAME = "weight_average.pt"
 
 
-class WeightAverage(TrainerCallback, ExportableState):
+class WeightAverage(CheckpointFileCallback, ExportableState):
     r"""
     Averages the weights over optimizer steps (Polyak and Juditsky 1992, https://doi.org/10.1137/0330046).
 
@@ -43,7 +42,8 @@ class WeightAverage(TrainerCallback, ExportableState):
     their weight. Memory: one such copy of all weights that the optimizer has, and during evaluation and saving a copy
     of the weights themselves. `weight_average.pt` in each checkpoint holds both, and a resumed run is exact to the
     bit, if the callback is there; without it the run would go on from the averages. A checkpoint of a run without
-    the callback can be resumed with it: the average starts there.
+    the callback can be resumed with it: the average starts there. Under [`LMOptMixin`] the file is there before the
+    checkpoint counts as complete; a stock Trainer that is killed while it saves may leave one without it.
 
     List it after callbacks that ask for an evaluation, a save or the end of training when a step ends.
 
@@ -61,19 +61,22 @@ class WeightAverage(TrainerCallback, ExportableState):
         RuntimeError: if a callback behind this one had the weights evaluated or saved in place of the averages.
     """
 
+    file_name = FILE_NAME
+
     def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
         if not 0 < decay < 1:
             raise ValueError(f"decay={decay} is outside (0, 1): it would average nothing. Use a value such as 0.999.")
         self.decay, self.warmup = decay, warmup
         self.num_steps = 0
-        self.file_mark: dict[str, str] = {}
+        self.file_mark: Mark = {}
         self._parameters: dict[str, nn.Parameter] = {}
         self._averages: list[Tensor] = []
         self._weights: list[Tensor] | None = None  # the model's own, while it holds the averages
 
     def state(self) -> dict[str, Any]:
         """What is noted in `trainer_state.json`: arguments, and the mark of the file."""
-        return {"args": {"decay": self.decay, "warmup": self.warmup}, "attributes": {"file_mark": self.file_mark}}
+        args = {"decay": self.decay, "warmup": self.warmup}
+        return {"args": args, "attributes": {"file_mark": dict(self.file_mark)}}
 
     def decay_at(self, num_steps: int) -> float:
         """
@@ -124,15 +127,15 @@ class WeightAverage(TrainerCallback, ExportableState):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._check_shown("evaluated", state)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def file_content(self, state: Any) -> dict[str, Any]:
+        """What `weight_average.pt` holds; raises if the checkpoint's weights are not the averages."""
         self._check_shown("saved", state)
         weights = self._weights or [parameter.detach() for parameter in self._parameters.values()]
-        content = {
+        return {
             "num_steps": self.num_steps,
             "weights": dict(zip(self._parameters, weights, strict=True)),
             "averages": dict(zip(self._parameters, self._averages, strict=True)),
         }
-        write_checkpoint_file(FILE_NAME, self.file_mark, args, state, content)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The best model is an average already.

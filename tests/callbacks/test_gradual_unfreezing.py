@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import TINY_MODELS, tiny_bert_classifier, tiny_lora_classifier
 from torch import nn
-from trainer_cases import build_trainer, same_weights, weights
+from trainer_cases import build_trainer, classification_dataset, same_weights, weights
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lmopt.callbacks.gradual_unfreezing import GradualUnfreezing
@@ -201,10 +201,57 @@ def test_what_cannot_work_raises_at_construction(name: str) -> None:
 
 def test_a_run_too_short_for_all_layers_is_refused(tmp_path: Path) -> None:
     train(tmp_path, GradualUnfreezing(steps_per_layer=2), max_steps=9)
-    with pytest.raises(ValueError, match=r"steps_per_layer=2 leave bert.embeddings.*8 steps.*5 layers.*Lower the"):
+    with pytest.raises(ValueError, match=r"steps_per_layer=2 leave bert.embeddings.*8 steps.*4 of 5.*Lower the"):
         train(tmp_path, GradualUnfreezing(steps_per_layer=2), max_steps=8)
-    with pytest.raises(ValueError, match=r"epochs_per_layer=1, .*4 epochs.*5 layers"):
+    with pytest.raises(ValueError, match=r"epochs_per_layer=1, .*8 steps.*4 of 5 layers"):
         train(tmp_path, GradualUnfreezing(epochs_per_layer=1), max_steps=-1, num_train_epochs=4)
+
+
+ENDS: dict[str, dict[str, Any]] = {
+    # 8 examples; micro-batches to an epoch, and to a step: 4 and 2, 4 and 3, 8 and 3, 4 and 1.
+    "two steps to an epoch": {},
+    "the second step of an epoch has one micro-batch": {"gradient_accumulation_steps": 3},
+    "the third step of an epoch has two": {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1},
+    "four steps to an epoch": {"gradient_accumulation_steps": 1},
+    "half an epoch at the end": {"max_steps": -1, "num_train_epochs": 2.5},
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_last_step_decides_whether_a_run_by_epochs_is_too_short(name: str, tmp_path: Path) -> None:
+    """Whatever the interval: a run that is accepted trains all layers, and one that is refused would not."""
+    epochs: list[float] = []
+
+    class WatchEpoch(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            epochs.append(state.epoch)
+
+    options = {**STOCK, "max_steps": 5, **ENDS[name]}
+    build_trainer(tmp_path, tiny_bert_classifier(), (WatchEpoch(),), **options).train()
+    longest = epochs[-1] / (NUM_LAYERS - 1)
+    _, watch = train(tmp_path, GradualUnfreezing(epochs_per_layer=longest), **options)
+    assert len(watch.trainable[-1]) == len(weights(tiny_bert_classifier()))
+    with pytest.raises(ValueError, match="4 of 5 layers"):
+        train(tmp_path, GradualUnfreezing(epochs_per_layer=longest * 1.01), **options)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Data without a length."""
+
+    def __iter__(self) -> Any:
+        return iter(classification_dataset())
+
+
+@pytest.mark.parametrize(("epochs_per_layer", "warns"), [(0.1, False), (1.0, True)])
+def test_data_without_a_length_tell_at_the_end(
+    epochs_per_layer: float, warns: bool, tmp_path: Path, caplog: Any
+) -> None:
+    trainer = build_trainer(
+        tmp_path, tiny_bert_classifier(), (GradualUnfreezing(epochs_per_layer=epochs_per_layer),), max_steps=4
+    )
+    trainer.train_dataset = Stream()
+    trainer.train()
+    assert ("of 5 layers were trained" in caplog.text) == warns
 
 
 @pytest.mark.parametrize("setting", [{"find": False, "static": None}, {"find": True, "static": True}])

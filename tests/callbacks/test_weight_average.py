@@ -214,14 +214,15 @@ def test_a_stop_asked_for_behind_it_leaves_the_average_too(by_epoch: bool, tmp_p
     assert not same_weights(behind, run(StopAt(4, by_epoch)))
 
 
+@pytest.mark.parametrize("trainer_name", TRAINERS)
 @pytest.mark.parametrize("what", ["evaluate", "save"])
-def test_an_evaluation_or_a_save_of_the_weights_raises(what: str, tmp_path: Path) -> None:
+def test_an_evaluation_or_a_save_of_the_weights_raises(what: str, trainer_name: str, tmp_path: Path) -> None:
     class Ask(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             setattr(control, f"should_{what}", state.global_step == 2)
 
     data = {"eval_dataset": classification_dataset()}
-    trainer = build_trainer(tmp_path, None, (WeightAverage(), Ask()), trainer_kwargs=data, **STOCK)
+    trainer = build_trainer(tmp_path, None, (WeightAverage(), Ask()), trainer_kwargs=data, **TRAINERS[trainer_name])
     with pytest.raises(
         RuntimeError, match=rf"step 2 the weights were {what}d, not their averages.*list it at the end"
     ):
@@ -298,11 +299,6 @@ def test_other_parameters_are_refused(tmp_path: Path) -> None:
     torch.save(content, checkpoint / "weight_average.pt")
     with pytest.raises(ValueError, match=r"1 are in one of them alone, such as \['classifier.bias'\]"):
         train(tmp_path / "resumed", WeightAverage(), resume=str(checkpoint), **STOCK)
-
-
-def test_only_the_model_is_saved_if_that_was_asked_for(tmp_path: Path) -> None:
-    checkpoint = first_checkpoint(tmp_path, WeightAverage(), save_only_model=True)
-    assert not (checkpoint / "weight_average.pt").exists()
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.1, 1.5])
