@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from .clipping import clipping_table
 from .optim.explain import optimizer_table
 from .publishing.report import write_report
 from .publishing.run_history import RunStateError
@@ -15,6 +16,8 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     help_text = "the optimizers by name, with bytes of state per number of a parameter, options and sources"
     commands.add_parser("optimizers", help=help_text, description=help_text)
+    help_text = "the clipping strategies by name, with their thresholds, options and sources"
+    commands.add_parser("clipping", help=help_text, description=help_text)
     help_text = "curves, heat maps and advice of a run of any Trainer, as one HTML file with its pictures beside it"
     report = commands.add_parser("report", help=help_text, description=help_text)
     report.add_argument("run", metavar="RUN", help="folder of the run, or of one of its checkpoints")
@@ -22,12 +25,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.command == "optimizers":
         print(optimizer_table())
-        return
-    try:
-        page, *pictures = write_report(args.run, args.output)
-    except (OSError, ImportError, RunStateError) as error:
-        parser.exit(2, f"hf-lmopt report: {error}\n")
-    print(f"{page} ({len(pictures)} pictures beside it)")
+    elif args.command == "clipping":
+        print(clipping_table())
+    else:
+        try:
+            page, *pictures = write_report(args.run, args.output)
+        except (OSError, ImportError, RunStateError) as error:
+            parser.exit(2, f"hf-lmopt report: {error}\n")
+        print(f"{page} ({len(pictures)} pictures beside it)")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 from torch import nn
 
@@ -103,6 +104,32 @@ def is_norm_parameter(model: nn.Module, name: str) -> bool:
 def is_embedding_parameter(model: nn.Module, name: str) -> bool:
     """Whether a parameter is the table of an embedding."""
     return isinstance(_module(model, name.split(".")[:-1]), nn.Embedding | nn.EmbeddingBag)
+
+
+def stack_of(layer: str) -> str | None:
+    """
+    The list of blocks that a layer stands in, by the layer's name: `"model.layers"` for `"model.layers.3"`.
+
+    `""` for a model that is a list itself, `None` for a layer that is no numbered block. Blocks in a list in a list
+    (`"blocks.0.1"`) stand in the outer one.
+    """
+    numbers = re.search(r"(^|\.)\d+(\.\d+)*$", layer)
+    return layer[: numbers.start()] if numbers else None
+
+
+def order_layers(layers: Iterable[str]) -> list[str]:
+    """
+    Sorts names of layers from the input to the head: embeddings, blocks by number, final norm, head.
+
+    Of several stacks, those of a decoder come behind the others, which they read.
+    """
+    sides = {EMBEDDINGS: 0, FINAL: 2, HEAD: 3}
+
+    def place(layer: str) -> tuple[Any, ...]:
+        parts = [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", layer)]
+        return (sides.get(layer.rpartition(".")[2], 1), "decoder" in layer, parts)
+
+    return sorted(layers, key=place)
 
 
 def _find_stacks(model: nn.Module) -> list[_Stack]:

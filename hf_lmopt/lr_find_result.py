@@ -17,7 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from .checkpointing import new_file, write_json
+from .checkpointing import write_json
+from .pictures.canvas import new_figure, save_png
+from .pictures.lines import LEGEND, finish_axes
+from .pictures.theme import LIGHT, drawn_in
 
 
 SETTLING_SHARE = 0.1  # of the steps, the first ones: averages of few losses jump
@@ -105,19 +108,21 @@ class LRFindResult:
         Raises:
             ImportError: if matplotlib is missing.
         """
-        figure, axes = _new_figure()
-        axes.plot(self.learning_rates, self.losses, ".", color="0.7", markersize=4, label="loss of a micro-batch")
-        axes.plot(self.learning_rates, self.smoothed_losses, color="C0", linewidth=1.8, label="smoothed")
-        marks = {"steepest descent": (self.steepest, "C3", "-"), "minimum / 10": (self.minimum_over_10, "C2", "--")}
-        for name, (rate, color, style) in marks.items():
-            if rate is not None:
-                axes.axvline(rate, color=color, linestyle=style, linewidth=1.2, label=f"{name}: {rate:.2g}")
-        axes.set(xscale="log", xlabel="learning rate", ylabel="loss", title="Learning-rate range test")
-        if self.losses:
-            self._set_limits(axes)
-        axes.legend(frameon=False)
-        with new_file(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=150)
+        with drawn_in(LIGHT):
+            figure = new_figure(7.5, 4.2)
+            axes = figure.subplots()
+            axes.plot(self.learning_rates, self.losses, ".", color=LIGHT.grid, markersize=4, label="micro-batch")
+            axes.plot(self.learning_rates, self.smoothed_losses, linewidth=1.8, label="smoothed")
+            marks = (("steepest descent", self.steepest, "-"), ("minimum / 10", self.minimum_over_10, "--"))
+            for color, (name, rate, style) in zip(LIGHT.cycle[1:], marks, strict=False):
+                if rate is not None:
+                    axes.axvline(rate, color=color, linestyle=style, linewidth=1.2, label=f"{name}: {rate:.2g}")
+            axes.set(xscale="log", xlabel="learning rate", ylabel="loss", title="Learning-rate range test")
+            finish_axes(axes)
+            if self.losses:
+                self._set_limits(axes)
+            axes.legend(**LEGEND)
+            save_png(figure, path)
 
     def _set_limits(self, axes: Any) -> None:
         """Shows the descent at full height; what diverges leaves the picture."""
@@ -216,21 +221,3 @@ def _noise(losses: Sequence[float], smoothing: float, step: int) -> float:
     variance = np.mean(np.diff(losses) ** 2) / 2
     left = smoothing ** (step + 1)
     return math.sqrt(variance * (1 - smoothing) / (1 + smoothing) * (1 + left) / (1 - left))
-
-
-def _new_figure() -> tuple[Any, Any]:
-    """A figure of its own canvas: no window, and no global state of pyplot."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "matplotlib is not installed, and the curve is drawn with it. Install it with "
-            "`pip install 'hf-lmopt[recipes]'`."
-        ) from error
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes

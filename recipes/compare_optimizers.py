@@ -112,6 +112,9 @@ def main() -> None:
     parser.add_argument(
         "--tune", nargs="*", metavar="METHOD", help="Only tune these; processes with different ones run side by side."
     )
+    parser.add_argument(
+        "--seed", type=int, choices=SEEDS, help="Only the last stage's cells of this seed; processes share the work."
+    )
     parser.add_argument("--time", action="store_true", help="Measure seconds per step of every method.")
     parser.add_argument("--report", action="store_true", help="Write the report from the cells so far.")
     args = parser.parse_args()
@@ -123,15 +126,17 @@ def main() -> None:
     elif args.time:
         write_json(args.output_dir / "timing.json", {**time_methods(Task()), **run_facts(SEEDS[0])})
     else:
-        run_missing_cells(args.output_dir / "cells.jsonl", Task(), args.tune)
+        run_missing_cells(args.output_dir / "cells.jsonl", Task(), args.tune, args.seed)
 
 
 # ---- Which cells ----
 
 
-def run_missing_cells(file: Path, task: "Task", only_tune: list[str] | None = None) -> None:
+def run_missing_cells(
+    file: Path, task: "Task", only_tune: list[str] | None = None, only_seed: int | None = None
+) -> None:
     """The next cell depends on what is finished, so it is chosen anew each time."""
-    while (cell := next_cell(read_cells(file), only_tune)) is not None:
+    while (cell := next_cell(read_cells(file), only_tune, only_seed)) is not None:
         print(cell.key, flush=True)
         record = task.run(cell)
         with file.open("a", encoding="utf-8") as lines:
@@ -147,13 +152,17 @@ def read_cells(file: Path) -> dict[str, dict[str, Any]]:
     return {record["key"]: record for record in records}
 
 
-def next_cell(finished: dict[str, dict[str, Any]], only_tune: list[str] | None = None) -> Cell | None:
+def next_cell(
+    finished: dict[str, dict[str, Any]], only_tune: list[str] | None = None, only_seed: int | None = None
+) -> Cell | None:
     """The first cell that is missing, of the first stage that has any."""
     if only_tune is not None:
         missing = [cell for name in only_tune for cell in grid_of(name) if cell.key not in finished]
         return missing[0] if missing else None
     for stage in (tuning_cells, retuning_cells, final_cells):
         missing = [cell for cell in stage(finished) if cell.key not in finished]
+        if stage is final_cells and only_seed is not None:
+            missing = [cell for cell in missing if cell.seed == only_seed]
         if missing:
             return missing[0]
     return None

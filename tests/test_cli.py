@@ -27,6 +27,8 @@ def test_report_ends_with_one_line_where_a_run_cannot_be_read(tmp_path, capsys, 
     assert printed.err.count("\n") == 1
 
 
-def test_optimizers_are_listed(capsys):
+def test_optimizers_and_clipping_strategies_are_listed(capsys):
     main(["optimizers"])
     assert "muon" in capsys.readouterr().out
+    main(["clipping"])
+    assert "quantile=0.1" in capsys.readouterr().out

@@ -15,7 +15,14 @@ from tiny_models import (
 )
 from torch import nn
 
-from hf_lmopt.layer_depth import LayerDepth, is_embedding_parameter, is_norm_parameter, layer_depths
+from hf_lmopt.layer_depth import (
+    LayerDepth,
+    is_embedding_parameter,
+    is_norm_parameter,
+    layer_depths,
+    order_layers,
+    stack_of,
+)
 
 
 Expected = dict[str, tuple[int, str]]  # layer -> its distance and the prefixes of its parameters' names
@@ -339,3 +346,40 @@ def test_norms_and_embeddings_are_known_by_class_or_name():
     assert is_norm_parameter(gpt, "transformer.ln_f.weight")
     embeddings = {name for name, _ in gpt.named_parameters() if is_embedding_parameter(gpt, name)}
     assert embeddings == {"transformer.wte.weight", "transformer.wpe.weight"}
+
+
+# ---- Names of layers ----
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        ["embeddings", "blocks.9", "blocks.10", "final", "head"],
+        [
+            "encoder.embeddings",
+            "decoder.embeddings",
+            "encoder.block.0",
+            "encoder.block.1",
+            "decoder.block.0",
+        ],
+    ],
+)
+def test_layers_are_ordered_from_the_input_to_the_head(layers: list[str]) -> None:
+    assert order_layers(sorted(layers)) == order_layers(reversed(layers)) == layers
+
+
+@pytest.mark.parametrize(
+    ("layer", "stack"),
+    [
+        ("model.layers.3", "model.layers"),
+        ("12", ""),  # the model is a list
+        ("0.layers.3", "0.layers"),
+        ("blocks.0.1", "blocks"),  # Funnel
+        ("encoder.0.blocks.1", "encoder.0.blocks"),
+        ("encoder.0.embeddings", None),
+        ("layers.x3", None),
+        ("head", None),
+    ],
+)
+def test_a_block_stands_in_the_list_that_its_name_says(layer: str, stack: str | None) -> None:
+    assert stack_of(layer) == stack

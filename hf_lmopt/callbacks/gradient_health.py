@@ -18,11 +18,11 @@ from typing import Any
 from torch import nn
 from transformers.trainer_callback import ExportableState
 
-from ..layer_depth import layer_depths
+from ..layer_depth import layer_depths, order_layers
 from .checkpoint_file import resumed_attributes
 from .figures import FigureCallback
-from .gradient_health_map import KEY_PREFIX, has_health_figures, order_layers, plot_gradient_health
-from .gradient_health_measurement import LayerMeasurement, read_measurements
+from .gradient_health_map import KEY_PREFIX, has_health_figures, plot_gradient_health
+from .gradient_health_measurement import LayerMeasurement
 from .gradient_health_rules import ADVICE, HealthThresholds, LayerHealth, Problem, find_problems
 
 
@@ -57,7 +57,7 @@ class GradientHealth(FigureCallback, ExportableState):
     everywhere; ratios between layers and shares of zeros are the same.
 
     A measured step takes a copy of the trainable weights until it is done, some passes over gradients and weights, and
-    one wait for the device; other steps take nothing. Sharded parameters (FSDP2) count in full.
+    a few waits for the device per layer; other steps take nothing. Sharded parameters (FSDP2) count in full.
 
     Args:
         every_n_steps (`int`, *optional*, defaults to `50`):
@@ -142,7 +142,7 @@ class GradientHealth(FigureCallback, ExportableState):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self._measurements:
             return
-        layers = read_measurements(self._measurements)
+        layers = {layer: measurement.end_step() for layer, measurement in self._measurements.items()}
         self._measurements = {}
         self.record(state, _figures_by_key(layers))
         has_moved = any(layer.update_norm for layer in layers.values())

@@ -1,40 +1,40 @@
 """
-The picture of [`GradientHealth`]: heat maps over layers and steps, from a run's history alone.
+The picture of [`GradientHealth`]: heat maps over layers and steps, from a run's history alone; and what they show.
 
-Needs matplotlib, which the extra `recipes` brings.
+How a heat map looks is said in `pictures/heat_map.py`.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..checkpointing import new_file
+from ..layer_depth import order_layers
+from ..pictures.canvas import new_figure, save_png
+from ..pictures.heat_map import draw_heat_map, heat_map_height
+from ..pictures.series import Series, by_layer, read_series
+from ..pictures.theme import LIGHT, drawn_in
 
 
 KEY_PREFIX = "health/"
-MISSING_COLOR, NONFINITE_COLOR, ZERO_COLOR = "#bdbdbd", "#e41a1c", "black"
-MAX_LAYER_LABELS, MAX_STEP_LABELS = 40, 8
 
 
-class _Panel(NamedTuple):
-    """One heat map: the figure it shows, how, and what its title says."""
+class HealthFigure(NamedTuple):
+    """One of the figures `health/<name>/<layer>`: its title, what its colours say, and whether on a logarithm."""
 
-    figure: str
+    name: str
     title: str
-    is_logarithmic: bool
-    color_map: str
+    label: str
+    is_log: bool
 
 
-PANELS = (
-    _Panel("grad_norm", "Gradient norm", True, "viridis"),
-    _Panel("update_ratio", "Update norm / weight norm", True, "viridis"),
-    _Panel("zero_share", "Share of zeros in the gradient", False, "Blues"),
-)
+GRAD_NORM = HealthFigure("grad_norm", "Gradient norm by layer", "gradient norm", True)
+UPDATE_RATIO = HealthFigure("update_ratio", "Update over weight by layer", "update / weight", True)
+ZERO_SHARE = HealthFigure("zero_share", "Zeros in the gradient by layer", "share of zeros", False)
+NONFINITE_SHARE = HealthFigure("nonfinite_share", "Inf and NaN in the gradient by layer", "share not finite", True)
 
 
 def has_health_figures(log_history: Sequence[Mapping[str, Any]]) -> bool:
@@ -42,27 +42,31 @@ def has_health_figures(log_history: Sequence[Mapping[str, Any]]) -> bool:
     return any(key.startswith(KEY_PREFIX) for entry in log_history for key in entry)
 
 
-def order_layers(layers: Iterable[str]) -> list[str]:
+def health_by_layer(columns: Mapping[str, Series], name: str) -> dict[str, Series]:
     """
-    Sorts names of layers from the input to the head: embeddings, blocks by number, final norm, head.
+    One figure of every layer that was measured, from the input to the head; nothing if no layer has it.
 
-    Of several stacks, those of a decoder come behind the others, which they read.
+    Where the callback left it out beside an inf or a NaN in the layer's gradient, it is NaN here.
     """
-    sides = {"embeddings": 0, "final": 2, "head": 3}
+    figures = by_layer(columns, f"{KEY_PREFIX}{name}")
+    if not figures:
+        return {}
+    broken = by_layer(columns, f"{KEY_PREFIX}{NONFINITE_SHARE.name}")
+    layers = order_layers({key.split("/", 2)[-1] for key in columns if key.startswith(KEY_PREFIX)})
+    return {layer: _with_gaps(figures.get(layer, Series.of()), broken.get(layer, Series.of())) for layer in layers}
 
-    def place(layer: str) -> tuple[Any, ...]:
-        parts = [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", layer)]
-        return (sides.get(layer.rpartition(".")[2], 1), "decoder" in layer, parts)
 
-    return sorted(layers, key=place)
+def _with_gaps(series: Series, nonfinite_share: Series) -> Series:
+    gaps = np.setdiff1d(nonfinite_share.steps[nonfinite_share.values > 0], series.steps)
+    return Series.of([*zip(series.steps, series.values, strict=True), *((step, np.nan) for step in gaps)])
 
 
 def plot_gradient_health(log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
     """
     Writes one PNG with heat maps of gradient norm, update-to-weight ratio and share of zeros.
 
-    Rows are layers, the head above; columns are the steps that were measured. What is not there is grey, a zero on a
-    logarithmic scale black, and a layer whose gradient has an inf or a NaN red.
+    Rows are layers, the head above. What was not measured is hatched, a zero blank, and a figure that an inf or a NaN
+    in the layer's gradient left without a value red.
 
     Args:
         log_history (`Sequence[Mapping[str, Any]]`):
@@ -74,76 +78,19 @@ def plot_gradient_health(log_history: Sequence[Mapping[str, Any]], path: str | o
         ImportError: if matplotlib is missing.
         ValueError: if the history has no such figures.
     """
-    entries = [entry for entry in log_history if has_health_figures([entry])]
-    if not entries:
+    columns = read_series(log_history)
+    selected = {figure: health_by_layer(columns, figure.name) for figure in (GRAD_NORM, UPDATE_RATIO, ZERO_SHARE)}
+    drawn = {figure: layers for figure, layers in selected.items() if layers}
+    if not drawn:
         raise ValueError(
             f"The history has no figures named {KEY_PREFIX}<figure>/<layer>. GradientHealth records them: add it to "
             "the Trainer's callbacks."
         )
-    layers = order_layers({key.split("/", 2)[2] for entry in entries for key in entry if key.startswith(KEY_PREFIX)})
-    figure, axes = _new_figure(len(layers))
-    is_nonfinite = _table(entries, "nonfinite_share", layers) > 0
-    for panel, panel_axes in zip(PANELS, axes, strict=True):
-        _draw(panel_axes, panel, _table(entries, panel.figure, layers), is_nonfinite)
-        _label_steps(panel_axes, [entry["step"] for entry in entries])
-    _label_layers(axes[0], layers)
-    _explain_colors(figure, bool(is_nonfinite.any()))
-    with new_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-
-
-def _table(entries: Sequence[Mapping[str, Any]], figure: str, layers: Sequence[str]) -> np.ndarray:
-    """Values of shape (layers, entries); NaN where there is none."""
-    keys = [f"{KEY_PREFIX}{figure}/{layer}" for layer in layers]
-    return np.array([[entry.get(key, np.nan) for entry in entries] for key in keys], dtype=float)
-
-
-def _new_figure(num_layers: int) -> tuple[Any, Any]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "matplotlib is not installed, and the heat map is drawn with it. Install it with "
-            "`pip install 'hf-lmopt[recipes]'`."
-        ) from error
-    figure = Figure(figsize=(13, min(max(2.4 + 0.22 * num_layers, 3.4), 12)), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, len(PANELS), sharey=True)
-
-
-def _draw(axes: Any, panel: _Panel, values: np.ndarray, is_nonfinite: np.ndarray) -> None:
-    from matplotlib import colormaps
-    from matplotlib.colors import ListedColormap, LogNorm, Normalize
-
-    color_map = colormaps[panel.color_map].with_extremes(bad=MISSING_COLOR, under=ZERO_COLOR)
-    norm: Any = Normalize(0, 1)
-    if panel.is_logarithmic:
-        positive = values[np.isfinite(values) & (values > 0)]
-        low, high = (positive.min(), positive.max()) if positive.size else (1.0, 1.0)
-        norm = LogNorm(low if low < high else low / 2, high if low < high else high * 2)
-        values = np.where(values == 0, norm.vmin / 2, values)
-    options = {"aspect": "auto", "origin": "lower", "interpolation": "nearest"}
-    image = axes.imshow(np.ma.masked_invalid(values), cmap=color_map, norm=norm, **options)
-    if is_nonfinite.any():
-        marked = np.ma.masked_where(~is_nonfinite, is_nonfinite)
-        axes.imshow(marked, cmap=ListedColormap([NONFINITE_COLOR]), **options)
-    axes.set(title=panel.title, xlabel="optimizer step")
-    axes.figure.colorbar(image, ax=axes, pad=0.02)
-
-
-def _label_steps(axes: Any, steps: Sequence[int]) -> None:
-    """Columns are measurements; the labels say their steps."""
-    stride = -(-len(steps) // MAX_STEP_LABELS)
-    axes.set_xticks(range(0, len(steps), stride), [f"{step:,}" for step in steps[::stride]])
-
-
-def _label_layers(axes: Any, layers: Sequence[str]) -> None:
-    stride = -(-len(layers) // MAX_LAYER_LABELS)
-    shown = sorted({*range(0, len(layers), stride), len(layers) - 1})
-    axes.set_yticks(shown, [layers[row] for row in shown], fontsize=8)
-
-
-def _explain_colors(figure: Any, has_nonfinite: bool) -> None:
-    red = "; red: inf or NaN in the gradient" if has_nonfinite else ""
-    figure.supxlabel(f"Head above, input below. Black: zero; grey: not measured{red}.", fontsize=8, color="dimgray")
+    with drawn_in(LIGHT):
+        picture = new_figure(13, 0.4 + heat_map_height(len(next(iter(drawn.values())))))
+        grid = picture.subplots(1, len(drawn), squeeze=False, sharex=True, sharey=True)[0]
+        for axes, (figure, layers) in zip(grid, drawn.items(), strict=True):
+            draw_heat_map(axes, layers, figure.label, figure.is_log, LIGHT)
+            axes.set(title=figure.title)
+        picture.supxlabel("Head on top. Blank: zero; hatched: not measured; red: inf or NaN.", fontsize="small")
+        save_png(picture, path)

@@ -10,14 +10,14 @@ billion parameters would be 1e-3 of it.
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..layer_depth import stack_of
 
-NUMBER_OF_BLOCK = re.compile(r"(^|\.)\d+(\.\d+)*$")
+
 ALL_LAYERS = "all layers"
 
 ADVICE = {
@@ -130,9 +130,9 @@ def _find_nonfinite(layers: Mapping[str, LayerHealth]) -> Iterator[Problem]:
 
 def _find_differences_within_stacks(layers: Mapping[str, LayerHealth], limits: HealthThresholds) -> Iterator[Problem]:
     """First against last block: backpropagation multiplies once for each block between them."""
-    stacks: dict[str, list[str]] = defaultdict(list)
+    stacks: dict[str | None, list[str]] = defaultdict(list)
     for name in _blocks(layers):
-        stacks[NUMBER_OF_BLOCK.sub("", name)].append(name)
+        stacks[stack_of(name)].append(name)
     for first, *others in stacks.values():
         if not others or not (last := layers[others[-1]].grad_rms):
             continue
@@ -187,4 +187,4 @@ def _find_standstill(layers: Mapping[str, LayerHealth], limits: HealthThresholds
 
 
 def _blocks(layers: Mapping[str, LayerHealth]) -> list[str]:
-    return [name for name in layers if NUMBER_OF_BLOCK.search(name)]
+    return [name for name in layers if stack_of(name) is not None]

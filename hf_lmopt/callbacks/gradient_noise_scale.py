@@ -130,18 +130,9 @@ class GradientNoiseScale(FigureCallback, ExportableState):
 
     def on_clip(self, args: Any, state: Any, control: Any, *, clip: Any, **kwargs: Any) -> None:
         """Takes the step's estimate into the averages; `clip.norm` is the norm before the clip."""
-        window = torch.tensor(
-            [self._weighted_squares, self._num_items, self._num_micro_batches], dtype=torch.float64, device=args.device
-        )
+        window = [self._weighted_squares, self._num_items, self._num_micro_batches]
         self._start_window()
-        if args.world_size > 1:
-            dist.all_reduce(window)
-        squares, num_items, num_micro_batches = window.tolist()
-        if not num_micro_batches and clip.is_finite and clip.norm > 0:
-            raise RuntimeError(
-                "GradientNoiseScale saw a gradient but none of its micro-batches. It needs a Trainer that normalises "
-                "no loss by itself, as TRL's GRPO does: leave the callback out there."
-            )
+        squares, num_items, num_micro_batches = _sum_over_processes(window, args.device, args.world_size)
         if clip.is_finite and num_micro_batches > 1:
             estimate = estimate_noise(squares, num_items, num_micro_batches, float(clip.norm) ** 2)
             self._average({**estimate._asdict(), "items_per_micro_batch": num_items / num_micro_batches, "weight": 1})
@@ -204,6 +195,16 @@ class GradientNoiseScale(FigureCallback, ExportableState):
             f"them, and the scale is {verdict}. gradient_accumulation_steps={suggested} comes nearest to it, this run "
             f"has {accumulation_steps}."
         )
+
+
+def _sum_over_processes(values: list[float], device: torch.device, num_processes: int) -> list[float]:
+    if num_processes == 1:
+        return values
+    # Not every device has float64, so the bits travel as integers.
+    bits = torch.tensor(values, dtype=torch.float64).view(torch.int32).to(device)
+    gathered = [torch.empty_like(bits) for _ in range(num_processes)]
+    dist.all_gather(gathered, bits)
+    return torch.stack(gathered).cpu().view(torch.float64).sum(0).tolist()
 
 
 def _check_run(args: Any, model: Any) -> None:

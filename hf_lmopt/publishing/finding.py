@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from .run_history import Series
+from hf_lmopt.pictures.series import Series
 
 
 MAD_TO_SIGMA = 1.4826  # for a normal distribution

@@ -11,15 +11,19 @@ from collections.abc import Iterator
 import numpy as np
 
 from hf_lmopt.callbacks.gradient_health_rules import HealthThresholds
+from hf_lmopt.layer_depth import stack_of
+from hf_lmopt.pictures.series import Series
 
 from .finding import Finding, figure, late
-from .run_history import RunHistory, Series, stack_of
+from .run_history import RunHistory
 
 
 MOST_CLIPPED = 0.5  # a clip is meant for the exceptions
 MANY_SKIPPED = 0.01  # fp16 skips a few steps until it has found its scale
 
-# As the callback's own: the first block of a stack against the last, and zeros in a layer that is no embedding.
+# The callback's thresholds, for zeros as it does. The first block of a stack and the last, which it compares per
+# element, are compared by their norms, since a `trainer_state.json` has no sizes: the same where as many elements of
+# both are trained, while a block of which one in n is trained seems sqrt(n) times smaller than it is.
 HEALTH = HealthThresholds()
 
 FAR = 8.0  # noise scale over batch, or the inverse; the half-way point of diminishing returns is 1
@@ -99,30 +103,29 @@ def steps_skipped(history: RunHistory) -> Finding | None:
 
 def gradient_vanishes(history: RunHistory) -> Finding | None:
     """The first block of a stack gets far less gradient than the last."""
-    for stack, first, last, ratio in _ratios(history):
+    for first, last, ratio in _ratios(history):
         if ratio < HEALTH.vanishing_ratio:
             return Finding(
                 "gradient_vanishes",
                 "problem",
-                f"In {stack} the gradient norm of block {first} was {figure(ratio)} times that of block {last}, in "
-                "the median over the second half of the run.",
-                "Early blocks hardly learn: look for missing residual connections, saturating activations or a small "
-                "initialisation, and normalise before each block.",
+                _ratio_in_words(first, last, ratio),
+                f"Unless most of {first} is frozen, early blocks hardly learn: look for missing residual connections, "
+                "saturating activations or a small initialisation, and normalise before each block.",
             )
     return None
 
 
 def gradient_explodes(history: RunHistory) -> Finding | None:
     """The first block of a stack gets far more gradient than the last."""
-    for stack, first, last, ratio in _ratios(history):
+    for first, last, ratio in _ratios(history):
         if ratio > HEALTH.exploding_ratio:
             return Finding(
                 "gradient_explodes",
                 "problem",
-                f"In {stack} the gradient norm of block {first} was {figure(ratio)} times that of block {last}, in "
-                "the median over the second half of the run.",
-                "The gradient grows on its way to the input: make the initialisation smaller, normalise before each "
-                "block, and clip layer by layer (clip_strategy='per_layer') until then.",
+                _ratio_in_words(first, last, ratio),
+                f"Unless most of {last} is frozen, the gradient grows on its way to the input: make the "
+                "initialisation smaller, normalise before each block, and clip layer by layer "
+                "(clip_strategy='per_layer') until then.",
             )
     return None
 
@@ -132,7 +135,7 @@ def layers_are_dead(history: RunHistory) -> Finding | None:
     zeros, norms = history.by_layer("health/zero_share"), history.by_layer("health/grad_norm")
     signs = [(layer, norm.steps, norm.values == 0) for layer, norm in norms.items()]
     # Embeddings have a row of zeros for each absent token; without blocks they may be part of any layer.
-    has_blocks = any(stack_of(layer) for layer in zeros)
+    has_blocks = any(stack_of(layer) is not None for layer in zeros)
     signs += [
         (layer, share.steps, share.values >= HEALTH.dead_zero_share)
         for layer, share in zeros.items()
@@ -186,21 +189,28 @@ def _noise_in_words(history: RunHistory, squared: Series, ratio: float) -> str:
     return f"Since step {squared.steps[0]} the gradient noise scale{value} {relation}."
 
 
-def _ratios(history: RunHistory) -> Iterator[tuple[str, str, str, float]]:
-    """Of each stack its name, its first and last block, and the median ratio of their gradient norms."""
+def _ratios(history: RunHistory) -> Iterator[tuple[str, str, float]]:
+    """Of each stack its first and last block, and the median ratio of their gradient norms."""
     stacks: dict[str, dict[str, Series]] = {}
     for layer, norm in history.by_layer("health/grad_norm").items():
         stack = stack_of(layer)
         if stack is not None:
             stacks.setdefault(stack, {})[layer] = norm
-    for stack, blocks in stacks.items():
+    for blocks in stacks.values():
         first, last = next(iter(blocks)), next(reversed(blocks))
         _, common_first, common_last = np.intersect1d(blocks[first].steps, blocks[last].steps, return_indices=True)
         above, below = blocks[first].values[common_first], blocks[last].values[common_last]
         is_known = np.isfinite(above) & np.isfinite(below) & (below > 0)
         ratios = (above[is_known] / below[is_known])[is_known.sum() // 2 :]
         if first != last and len(ratios):
-            yield stack, first.removeprefix(f"{stack}."), last.removeprefix(f"{stack}."), float(np.median(ratios))
+            yield first, last, float(np.median(ratios))
+
+
+def _ratio_in_words(first: str, last: str, ratio: float) -> str:
+    return (
+        f"The gradient norm of {first} was {figure(ratio)} times that of {last}, in the median over the second half "
+        "of the run."
+    )
 
 
 def _since(steps: np.ndarray, is_so: np.ndarray) -> int:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from hf_lmopt.pictures.series import Series
+
 from .finding import Finding, Level, edge_width, figure, level
-from .run_history import RunHistory, Series
+from .run_history import RunHistory
 
 
 # Diverged: the end lies above the best level by a quarter of all progress, by 5 % and by 6 standard errors, since the

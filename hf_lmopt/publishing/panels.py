@@ -10,9 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from .curves import Theme, add_legend, draw_layers, draw_lines, finish_axes, new_figure, use_log_scale
-from .heat_map import draw_heat_map
-from .run_history import RunHistory, Series
+from hf_lmopt.callbacks import gradient_health_map as health
+from hf_lmopt.pictures.canvas import new_figure
+from hf_lmopt.pictures.heat_map import draw_heat_map, heat_map_height
+from hf_lmopt.pictures.lines import add_legend, draw_layers, draw_lines, finish_axes, use_log_scale
+from hf_lmopt.pictures.series import Series
+from hf_lmopt.pictures.theme import Theme
+
+from .run_history import RunHistory
 
 
 MOST_METRICS = 12
@@ -168,20 +173,20 @@ def _metrics_height(metrics: Mapping[str, Series]) -> float:
     return 2.3 * -(-min(len(metrics), MOST_METRICS) // 3)
 
 
-def _health_panel(name: str, title: str, caption: str, label: str, is_log: bool) -> Panel:
+def _health_panel(shown: health.HealthFigure, caption: str) -> Panel:
     def draw(figure: Any, series_by_layer: Mapping[str, Series], theme: Theme) -> None:
         axes = figure.subplots()
-        draw_heat_map(axes, series_by_layer, label, is_log, theme)
-        axes.set(title=title)
+        draw_heat_map(axes, series_by_layer, shown.label, shown.is_log, theme)
+        axes.set(title=shown.title)
 
     return Panel(
-        name=f"health_{name}",
-        title=title,
+        name=f"health_{shown.name}",
+        title=shown.title,
         caption=caption,
         filled_by="the callback GradientHealth()",
-        select=lambda history: history.by_layer(f"health/{name}"),
+        select=lambda history: health.health_by_layer(history.columns, shown.name),
         draw=draw,
-        height=lambda layers: min(7.5, 1.5 + 0.2 * max(len(layers), 4)),
+        height=lambda layers: heat_map_height(len(layers)),
     )
 
 
@@ -232,34 +237,22 @@ PANELS = (
         draw=_draw_noise_scale,
     ),
     _health_panel(
-        name="grad_norm",
-        title="Gradient norm by layer",
+        health.GRAD_NORM,
         caption="Rows from the input at the bottom to the head on top. A colour that fades towards the bottom is a "
-        "vanishing gradient; blank is zero, hatched is not measured or not finite.",
-        label="gradient norm",
-        is_log=True,
+        "vanishing gradient; blank is zero, hatched is not measured, red is an inf or a NaN in the gradient.",
     ),
     _health_panel(
-        name="update_ratio",
-        title="Update over weight by layer",
+        health.UPDATE_RATIO,
         caption="Norm of one step's update over the norm of the weights. About 0.001 is usual with Adam.",
-        label="update / weight",
-        is_log=True,
     ),
     _health_panel(
-        name="zero_share",
-        title="Zeros in the gradient by layer",
+        health.ZERO_SHARE,
         caption="Share of entries that are exactly zero. Embeddings have many, one row for each absent token; a "
         "block that stays at 100 % is dead.",
-        label="share of zeros",
-        is_log=False,
     ),
     _health_panel(
-        name="nonfinite_share",
-        title="Inf and NaN in the gradient by layer",
+        health.NONFINITE_SHARE,
         caption="Share of entries that are not finite. Any colour is a problem.",
-        label="share not finite",
-        is_log=True,
     ),
     Panel(
         name="spikes",

@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from hf_lmopt.checkpointing import TRAINER_STATE_FILE, new_file, write_text
+from hf_lmopt.pictures.canvas import DPI, new_figure, save_png
+from hf_lmopt.pictures.series import Series
+from hf_lmopt.pictures.theme import DARK, LIGHT, Theme, drawn_in
 
 from .advice import advise
-from .curves import DARK, LIGHT, Theme, drawn_in, new_figure
 from .panels import GRADIENT_NORM, LEARNING_RATE, LOSS, PANELS, Panel
 from .report_page import GENERATOR, Picture, report_page
-from .run_history import RunHistory, Series, read_run
+from .run_history import RunHistory, read_run
 from .run_summary import key_facts, summarize
 
 
 REPORT_FILE = "report.html"
-DPI = 150
 
 
 def write_report(run: str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> list[Path]:
@@ -93,8 +94,7 @@ def plot_training_curves(log_history: Sequence[Mapping[str, Any]], path: str | o
         panels = (LOSS, LEARNING_RATE, GRADIENT_NORM)
         for part, panel in zip(figure.subfigures(1, 3), panels, strict=True):
             panel.draw(part, panel.select(history), LIGHT)
-        with new_file(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=DPI)
+        save_png(figure, path)
 
 
 def _draw(panel: Panel, series_by_name: Mapping[str, Series]) -> Picture:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+from hf_lmopt.pictures.series import Series
+
 from .finding import figure
-from .run_history import RunHistory, Series
+from .run_history import RunHistory
 
 
 def summarize(history: RunHistory) -> str:

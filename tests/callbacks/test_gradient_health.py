@@ -12,17 +12,21 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from clipping.device_tensor import DeviceTensor
 from tiny_models import TINY_MODELS, VOCAB_SIZE
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lmopt import LMOptArguments, LMOptTrainer
 from hf_lmopt.callbacks.gradient_health import GradientHealth
-from hf_lmopt.callbacks.gradient_health_map import PANELS, _table, order_layers, plot_gradient_health
-from hf_lmopt.callbacks.gradient_health_measurement import LayerMeasurement, read_measurements
+from hf_lmopt.callbacks.gradient_health_map import health_by_layer, plot_gradient_health
+from hf_lmopt.callbacks.gradient_health_measurement import LayerMeasurement
 from hf_lmopt.callbacks.gradient_health_rules import HealthThresholds, LayerHealth, Problem, find_problems
+from hf_lmopt.pictures.series import read_series
 
 
 WIDTH = 32
@@ -364,10 +368,44 @@ def test_only_trainable_parameters_are_measured_and_large_squares_do_not_overflo
     measurement = LayerMeasurement({"big": big, "half": half, "unused": unused, "still": still})
     measurement.begin_step()
     big.data.mul_(2)
-    health = read_measurements({"layer": measurement})["layer"]
+    health = measurement.end_step()
     assert health.grad_norm == pytest.approx(math.sqrt(6) * 1e30)
     assert health.update_ratio == pytest.approx(1.0)
     assert (health.size, health.num_zeros, health.num_nonfinite, health.zero_matrices) == (16, 2 + 5 + 1, 0, ())
+
+
+def test_counts_are_exact_where_float32_is_not() -> None:
+    size = 2**25 + 2
+    parameter = nn.Parameter(torch.ones(1, dtype=torch.bfloat16).expand(size))
+    parameter.grad = torch.ones(1, dtype=torch.bfloat16).expand(size)
+    measurement = LayerMeasurement({"weight": parameter})
+    measurement.begin_step()
+    health = measurement.end_step()
+    assert (health.num_zeros, health.num_nonfinite) == (0, 0)
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device that has no float64, as Apple's GPUs."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        if any(isinstance(leaf, DeviceTensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(results)):
+            raise TypeError(f"{function} gave float64 on the device")
+        return results
+
+
+@pytest.mark.parametrize("gradient", [[3.0, 0.0, -4.0], [3e30, 0.0, -4e30], [3.0, float("inf"), 4.0]])
+def test_a_device_needs_no_float64(gradient: list[float]) -> None:
+    weight, other = (nn.Parameter(DeviceTensor(torch.tensor([1.0, 2.0, 2.0]))) for _ in range(2))
+    weight.grad, other.grad = (DeviceTensor(torch.tensor(values)) for values in (gradient, [0.0, 0.0, 0.0]))
+    with NoFloat64():
+        measurement = LayerMeasurement({"weight": weight, "other": other})
+        measurement.begin_step()
+        health = measurement.end_step()
+    assert health.grad_norm == pytest.approx(math.hypot(*gradient))
+    assert health.weight_norm == pytest.approx(math.sqrt(18))
+    assert health.num_zeros == 6 - sum(value != 0 for value in gradient)
+    assert health.num_nonfinite == sum(not math.isfinite(value) for value in gradient)
 
 
 def test_frozen_layers_are_left_out_and_a_frozen_start_is_followed(tmp_path: Path) -> None:
@@ -426,22 +464,22 @@ def test_the_heat_map_is_drawn_at_the_end_and_from_a_saved_state(tmp_path: Path)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["map.png"]
 
 
-def test_the_table_of_the_picture_has_layers_from_input_to_head() -> None:
-    layers = ["head", "blocks.10", "blocks.9", "final", "embeddings"]
-    assert order_layers(layers) == ["embeddings", "blocks.9", "blocks.10", "final", "head"]
-    stacks = ["decoder.block.0", "decoder.embeddings", "encoder.block.1", "encoder.embeddings", "encoder.block.0"]
-    assert order_layers(stacks) == [
-        "encoder.embeddings",
-        "decoder.embeddings",
-        "encoder.block.0",
-        "encoder.block.1",
-        "decoder.block.0",
+def test_every_layer_has_a_row_and_an_inf_or_nan_is_told_from_what_was_not_measured() -> None:
+    entries = [
+        {"step": 1, "health/grad_norm/head": 2.0, "health/nonfinite_share/head": 0.0, "lr/head": 1.0},
+        {"step": 5, "health/nonfinite_share/head": 0.5, "health/zero_share/head": 0.1},
+        {"step": 9, "health/weight_norm/blocks.2": 1.0, "health/weight_norm/blocks.10": 1.0},
     ]
-    entries = [{"step": 1, "health/grad_norm/head": 2.0}, {"step": 5, "health/grad_norm/head": 3.0}]
-    table = _table(entries, "grad_norm", ["embeddings", "head"])
-    assert table.shape == (2, 2)
-    assert table[1].tolist() == [2.0, 3.0]
-    assert {panel.figure for panel in PANELS} <= set(FIGURES)
+    columns = read_series(entries)
+    rows = {
+        layer: (row.steps.tolist(), row.values.tolist())
+        for layer, row in health_by_layer(columns, "grad_norm").items()
+    }
+    assert list(rows) == ["blocks.2", "blocks.10", "head"]
+    assert rows["blocks.2"] == ([], [])
+    assert rows["head"] == ([1, 5], [2.0, pytest.approx(math.nan, nan_ok=True)])
+    assert health_by_layer(columns, "zero_share")["head"].values.tolist() == [0.1]  # it is known all the same
+    assert health_by_layer(columns, "update_ratio") == {}
 
 
 def test_zeros_gaps_and_numbers_that_are_none_can_be_drawn(tmp_path: Path) -> None:
@@ -494,7 +532,7 @@ def measure(rank: int | None) -> dict[str, Any]:
         measurement.begin_step()
     for parameter in parameters.values():
         parameter.data.mul_(1.5)
-    return {name: vars(health) for name, health in read_measurements(measurements).items()}
+    return {name: vars(measurement.end_step()) for name, measurement in measurements.items()}
 
 
 def work(rank: int, port: int, folder: str) -> None:

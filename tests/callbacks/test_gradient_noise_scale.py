@@ -191,6 +191,16 @@ def test_a_gradient_that_is_not_finite_leaves_the_averages_as_they_were(policy: 
     assert entry["noise_scale"] != clean["noise_scale"]
 
 
+def test_one_process_needs_nothing_of_the_device() -> None:
+    noise = GradientNoiseScale(every_n_steps=100)
+    args = SimpleNamespace(device="none", world_size=1)
+    for norm in (1.0, 3.0):
+        noise.on_micro_batch(args, None, None, grad_norm=torch.tensor(norm), num_items=torch.tensor(2))
+    clip = SimpleNamespace(norm=torch.tensor(2.0), is_finite=True)
+    noise.on_clip(args, SimpleNamespace(global_step=0), None, clip=clip)
+    assert noise.averages["variance"] / noise.averages["weight"] == pytest.approx((5 - 4) / (1 / 2 - 1 / 4))
+
+
 def test_without_a_gradient_above_the_noise_no_scale_is_recorded(tmp_path: Path, capsys: Any) -> None:
     noise = GradientNoiseScale(every_n_steps=1)
     noise.averages = {"gradient_squared": -1e-3, "variance": 1.0, "items_per_micro_batch": 4.0, "weight": 1.0}
@@ -250,13 +260,13 @@ def test_runs_that_show_no_noise_are_refused_when_training_begins(name: str, tmp
         train(tmp_path, GradientNoiseScale(), dataset=examples(32), **options)
 
 
-def test_a_trainer_that_shows_no_micro_batches_is_refused_at_its_first_step(tmp_path: Path) -> None:
+def test_a_trainer_that_shows_no_micro_batches_is_refused(tmp_path: Path) -> None:
     class Normalises(LMOptTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self._normalises_itself = True
+            self.normalises_itself = True
 
-    with pytest.raises(RuntimeError, match=r"none of its micro-batches.*leave the callback out"):
+    with pytest.raises(ValueError, match=r"on_micro_batch was given to Normalises.*Leave it out"):
         train(tmp_path, GradientNoiseScale(), dataset=examples(32), trainer_class=Normalises)
 
 

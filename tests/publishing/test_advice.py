@@ -228,6 +228,18 @@ def test_a_dead_layer_is_told_with_its_first_step():
     assert only(entries).evidence.startswith("From step 250 on the gradient of model.layers.4 was zero")
 
 
+@pytest.mark.parametrize("prefix", ["", "blocks.", "encoder.0.layer."])
+def test_first_and_last_block_are_named_and_a_frozen_one_is_thought_of(prefix):
+    """A history has no sizes, so that the norm of a block is small also where most of it is frozen."""
+    norms = {f"health/grad_norm/{prefix}{index}": 1e-4 if index == 9 else 1.0 for index in range(9, 12)}
+    finding = only([{"step": step, **norms} for step in range(1, 5)])
+    assert finding.evidence == (
+        f"The gradient norm of {prefix}9 was 0.0001 times that of {prefix}11, in the median over the second half of "
+        "the run."
+    )
+    assert finding.action.startswith(f"Unless most of {prefix}9 is frozen, early blocks hardly learn")
+
+
 def test_findings_come_with_the_gravest_first():
     norms = np.ones(100)
     norms[3] = np.inf

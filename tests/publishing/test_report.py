@@ -10,9 +10,9 @@ import pytest
 from trainer_cases import build_trainer
 from transformers import Trainer, TrainingArguments
 
+from hf_lmopt.pictures.theme import LIGHT, drawn_in
 from hf_lmopt.publishing import report
 from hf_lmopt.publishing.advice import advise
-from hf_lmopt.publishing.curves import LIGHT, drawn_in
 from hf_lmopt.publishing.panels import PANELS
 from hf_lmopt.publishing.report import plot_training_curves, write_report
 from hf_lmopt.publishing.run_history import RunHistory, RunStateError

@@ -1,79 +1,19 @@
-"""
-Lines over optimizer steps, and the themes that a picture is drawn in: what the pictures of a run share.
-
-Needs matplotlib, which the extra `recipes` brings. Figures have a canvas of their own: no window, and nothing of
-pyplot's global state.
-"""
+"""Lines over optimizer steps: a few quantities side by side, or one of them for every layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from .run_history import Series
+from .series import Series
+from .theme import Theme
 
 
 MOST_LEGEND_LINES = 8
 LEGEND = {"frameon": False, "fontsize": "small", "handlelength": 1.6, "columnspacing": 1.2}
 MANY_ENTRIES = 200  # from here on a noisy line is drawn pale, under its moving average
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a picture; `cycle` stays apart for colour-blind readers too, with the dashes of the lines."""
-
-    paper: str
-    ink: str
-    grid: str
-    alarm: str
-    cycle: tuple[str, ...]
-    depth: tuple[float, float]  # the part of the colour map `viridis` that can be seen on the paper
-
-
-LIGHT = Theme("#ffffff", "#33383f", "#c9ced6", "#c5221f", ("#1f5fa8", "#c75a12", "#2b8a57", "#7d4bb3"), (0.0, 0.8))
-DARK = Theme("#1b1e23", "#d5d9df", "#4a5058", "#ff7b72", ("#74b3ff", "#ffa65c", "#7fd8a4", "#c8a6ff"), (0.4, 1.0))
-
-
-@contextmanager
-def drawn_in(theme: Theme) -> Iterator[None]:
-    """Figures that are made, drawn and saved in this block have the theme's colours."""
-    import_matplotlib()
-    from cycler import cycler
-    from matplotlib import rc_context
-
-    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), theme.ink)
-    paper = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), theme.paper)
-    lines = {"axes.prop_cycle": cycler(color=theme.cycle), "axes.edgecolor": theme.grid, "grid.color": theme.grid}
-    fonts = {"font.size": 9.5, "axes.titlesize": 11, "axes.titlelocation": "left"}
-    with rc_context({**ink, **paper, **lines, **fonts}):
-        yield
-
-
-def import_matplotlib() -> None:
-    """Raises if matplotlib is missing, with what brings it."""
-    try:
-        import matplotlib.backends.backend_agg
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "matplotlib is not installed, and curves are drawn with it. Install it with "
-            "`pip install 'hf-lmopt[recipes]'`."
-        ) from error
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure, in inches, whose parts make room for each other."""
-    import_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def draw_lines(axes: Any, series_by_name: Mapping[str, Series], marked: tuple[str, ...] = ()) -> None:
@@ -122,12 +62,21 @@ def draw_layers(axes: Any, series_by_layer: Mapping[str, Series], theme: Theme) 
 
 
 def finish_axes(axes: Any) -> None:
-    """What all axes over steps have; without figures they say so."""
-    axes.set_xlabel(axes.get_xlabel() or "optimizer step")
+    """What all axes have, those over steps if they have no other label; without figures they say so."""
+    if not axes.get_xlabel():
+        label_steps(axes)
     axes.grid(alpha=0.6, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if not axes.lines:
         axes.text(0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center", color="gray")
+
+
+def label_steps(axes: Any) -> None:
+    """An axis of optimizer steps, which are whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=(1, 2, 2.5, 5, 10), integer=True, min_n_ticks=1))
 
 
 def add_legend(axes: Any) -> None:
