@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tiny_models import (
     VOCAB_SIZE,
     tiny_bart,
@@ -633,6 +634,20 @@ def test_picture_and_json_are_written_whole(tmp_path: Path) -> None:
     assert read["steepest"] == result.steepest
     assert read["losses"] == list(result.losses)
     assert set(read) == set(result.__dataclass_fields__)
+
+
+def test_the_picture_shows_the_losses_and_both_rates(tmp_path: Path, monkeypatch: Any) -> None:
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (drawn.append(self), save(self, *args, **kw)))
+    result = curve(descent=1.0)
+    result.plot(tmp_path / "curve.png")
+    (axes,) = drawn[0].axes
+    losses, smoothed, *marks = axes.lines
+    assert losses.get_ydata().tolist() == list(result.losses)
+    assert smoothed.get_xydata().T.tolist() == [list(result.learning_rates), list(result.smoothed_losses)]
+    assert [mark.get_xdata()[0] for mark in marks] == [result.steepest, result.minimum_over_10]
+    assert len({line.get_color() for line in axes.lines}) == 4
+    assert (axes.get_xscale(), axes.get_xlabel(), axes.get_ylabel()) == ("log", "learning rate", "loss")
 
 
 def test_the_next_command_has_the_rate_in_place_of_the_test() -> None:
