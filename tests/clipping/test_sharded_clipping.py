@@ -63,9 +63,7 @@ def run(name: str, meshes: dict[str, DeviceMesh] | None) -> list[dict[str, Any]]
             if meshes is None or dist.get_rank() == 1:
                 local[-1, -1] = math.nan
         groups = [index % 2 for index in range(len(TENSORS))]
-        result = clipper.clip_(
-            StepGradients(tensors(1.0, 100, meshes), gradients, layers, groups, fan_in_axes=axes)
-        )
+        result = clipper.clip_(StepGradients(tensors(1.0, 100, meshes), gradients, layers, groups, fan_in_axes=axes))
         outcomes.append(
             {
                 "norm": float(result.norm),
