@@ -45,6 +45,8 @@ def write_report(folder: Path) -> None:
         "is_complete": next_cell(cells) is None,
         "grid": {"factors": GRID, "middle": {name: method.middle_rate for name, method in METHODS.items()}},
         "seeds": SEEDS,
+        "budgets": BUDGETS,
+        "lengths": LENGTHS,
         "tuning": {name: tuning_row(name, cells) for name in tuned},
         "finals": {
             name: {
@@ -97,9 +99,11 @@ def final_rows(name: str, curves: dict[str, dict[int, list[float]]], timing: dic
         if budget in curves["adamw"]:
             steps = steps_to_reach(mean(curves["adamw"][budget]), curves[name])
             share = steps / budget if steps else None
-            shares[str(budget)] = {"tokens": share, "time": share * slowness if share and slowness else None}
+            time = share * slowness if share and slowness else None
+            shares[str(budget)] = {"tokens_percent": percent(share), "time_percent": percent(time)}
     return {
         "validation_losses": {str(steps): losses for steps, losses in sorted(curves[name].items())},
+        "means_and_farthest": {str(steps): center_and_farthest(losses) for steps, losses in curves[name].items()},
         "mean_final_loss": mean(curves[name][FULL_STEPS]),
         "seconds_per_step_over_adamw": slowness,
         "shares": shares,
@@ -148,16 +152,25 @@ def share_table(results: dict[str, Any]) -> str:
         cells = []
         for budget in BUDGETS:
             share = row["shares"].get(str(budget))
-            values = [share["tokens"], share["time"]] if share else []
-            cells.append(", ".join(f"{value:.0%}" if value else "not reached" for value in values))
+            values = [share["tokens_percent"], share["time_percent"]] if share else []
+            cells.append(", ".join(f"{value} %" if value else "not reached" for value in values))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def spread(losses: list[float]) -> str:
+    center, farthest = center_and_farthest(losses)
+    return f"{center:.3f}" + (f" ± {farthest:.3f}" if len(losses) > 1 else "")
+
+
+def center_and_farthest(losses: list[float]) -> tuple[float, float]:
     """Mean, and how far the seeds lie from it at most."""
     center = mean(losses)
-    return f"{center:.3f}" + (f" ± {max(abs(loss - center) for loss in losses):.3f}" if len(losses) > 1 else "")
+    return center, max(abs(loss - center) for loss in losses)
+
+
+def percent(share: float | None) -> int | None:
+    return round(100 * share) if share else None
 
 
 def tuning_table(results: dict[str, Any]) -> str:

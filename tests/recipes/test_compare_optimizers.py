@@ -88,7 +88,7 @@ def test_cells_run_once_and_the_report_compares_whole_runs(recipe, task, tmp_pat
         if (r["method"], r["steps"], r["learning_rate"]) == ("adamw", 4, final["learning_rates"][-1])
     ]
     assert final["mean_final_loss"] == pytest.approx(sum(r["validation_loss"] for r in whole) / 2)
-    assert final["shares"]["4"]["tokens"] <= 1.0
+    assert final["shares"]["4"]["tokens_percent"] <= 100
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
     assert "| adamw |" in (tmp_path / "table.md").read_text()
 
