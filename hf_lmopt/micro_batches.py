@@ -25,12 +25,10 @@ from torch import Tensor, nn
 
 from .callbacks.events import has_listener
 from .clipping import clip_global_norm_
+from .clipping.norms import HALF_TYPES
 from .gradient_exchange import average_over_processes_, sum_over_processes
 from .optim.base import MomentumOptimizer
 from .parallelism import is_sharded
-
-
-HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from transformers.trainer_callback import ExportableState
 
 from ..arguments import LMOptArgumentsMixin
+from ..parallelism import is_sharded
 from .checkpoint_file import resumed_attributes
 from .figures import FigureCallback
 
@@ -225,7 +226,7 @@ def _check_run(args: Any, model: Any) -> None:
             f"GradientNoiseScale was given to a run with micro_batch_clip_norm={args.micro_batch_clip_norm}, after "
             "which the step's gradient is no mean of its micro-batches. Leave one of the two out."
         )
-    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+    if is_sharded(model):
         raise ValueError(
             "GradientNoiseScale was given to a run with a sharded model (FSDP), whose gradients are summed over "
             "processes within the backward pass. One device and DDP show them before: use these, or leave it out."

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from ..layer_depth import layer_depths
+from ..parallelism import is_sharded
 
 
 logger = logging.getLogger(__name__)
@@ -164,7 +165,7 @@ def _set_requires_grad(layer: Iterable[tuple[str, nn.Parameter]], value: bool) -
 
 
 def _check_setting(args: Any, model: nn.Module) -> None:
-    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+    if is_sharded(model):
         raise NotImplementedError(
             "The model is sharded (FSDP), which notes once which parameters are trained. Gradual unfreezing works on "
             "one device and under DDP: use one of these, or leave it out."

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..arguments import LMOptArgumentsMixin
+from ..parallelism import is_sharded
 
 
 ACTIONS = ("skip_step", "roll_back")
@@ -77,7 +78,7 @@ def check_trainer(args: Any, model: Any, action: str) -> None:
             f"SpikeGuard was given to a Trainer with {type(args).__name__}, which shows callbacks neither a step's "
             "loss nor the norm before the clip. It needs LMOptMixin: use LMOptTrainer with LMOptArguments."
         )
-    if action == "roll_back" and any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+    if action == "roll_back" and is_sharded(model):
         raise NotImplementedError(
             "SpikeGuard('roll_back') was given to a sharded model (FSDP), and its copy is of whole weights. It works "
             "on one device and under DDP: use one of these, or SpikeGuard('skip_step')."

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState
 
+from ..parallelism import is_sharded
 from .checkpoint_file import CheckpointFileCallback, Mark, new_mark, read_checkpoint_file, resumed_attributes
 
 
@@ -201,7 +202,7 @@ def _find_parameters(model: nn.Module, optimizer: Any) -> dict[str, nn.Parameter
             "parameters of the model, so the weights cannot be averaged by name. Use an optimizer over the model's "
             "own parameters, or leave WeightAverage out."
         )
-    if any(hasattr(parameter, "device_mesh") for parameter in found.values()):
+    if is_sharded(model):
         raise NotImplementedError(
             "The model is sharded (FSDP), and WeightAverage writes whole weights. It works on one device and under "
             "DDP: use one of these, or leave it out."
