@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lmopt import LMOptArguments, LMOptTrainer
@@ -271,11 +274,16 @@ def test_a_trainer_that_shows_no_micro_batches_is_refused(tmp_path: Path) -> Non
 
 
 def test_a_sharded_model_is_refused(tmp_path: Path) -> None:
-    model = Mean()
-    model.weight.device_mesh = "of FSDP"
-    args = LMOptArguments(str(tmp_path), gradient_accumulation_steps=2, use_cpu=True)
-    with pytest.raises(ValueError, match=r"sharded model \(FSDP\)"):
-        GradientNoiseScale().on_train_begin(args, SimpleNamespace(), None, model=model)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = Mean()
+        mesh = init_device_mesh("cpu", (1,))
+        model.weight = torch.nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(0)]))
+        args = LMOptArguments(str(tmp_path), gradient_accumulation_steps=2, use_cpu=True)
+        with pytest.raises(ValueError, match=r"sharded model \(FSDP\)"):
+            GradientNoiseScale().on_train_begin(args, SimpleNamespace(), None, model=model)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_values_outside_their_range_raise_at_construction() -> None:
