@@ -15,7 +15,7 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from .accumulation import LOSS_REDUCTIONS
-from .clipping import CLIP_STRATEGIES, check_clip_kwargs, check_clip_options
+from .clipping import CLIP_STRATEGIES, check_clip_options
 from .optim.hyperparameters import DECAY_FORMS
 from .optim.registry import choose_optimizer, find_optimizer
 from .param_groups import check_param_group_options
@@ -152,7 +152,6 @@ class LMOptArgumentsMixin:
                 f"micro_batch_clip_norm={self.micro_batch_clip_norm} is no threshold. It must be above 0: set it to "
                 "1.0, or leave it out."
             )
-        check_clip_kwargs(self.clip_strategy, parse_mapping("clip_kwargs", self.clip_kwargs))
         super().__post_init__()  # type: ignore[misc]
         _check_optimizer(self)
         _check_trainer_arguments(self)

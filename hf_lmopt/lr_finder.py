@@ -13,15 +13,16 @@ put back (`trainer_snapshot.py`). What the curve says is in `lr_find_result.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate.utils import DistributedType
 from transformers import SchedulerType
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from .lr_find_result import LRFindResult, read_curve, smooth
+from .callbacks.lr_cooldown import set_learning_rates_
+from .lr_find_result import LRFindResult, command_with_rate, read_curve, smooth
 from .trainer_snapshot import trainer_kept
 
 
@@ -115,6 +116,25 @@ class LRFinder:
                 setattr(args, name, value)
 
 
+def find_learning_rate(finder: LRFinder, command: Sequence[str]) -> None:
+    """
+    What `--lr_find` of a script does: runs the test, writes `lr_find.json` and `lr_find.png` into the Trainer's
+    `output_dir`, prints what was found and the command that trains with it.
+
+    Args:
+        finder ([`LRFinder`]):
+            The test.
+        command (`Sequence[str]`):
+            The command that was given, word by word.
+    """
+    result, trainer = finder.run(), finder.trainer
+    if trainer.is_world_process_zero():
+        result.save(trainer.args.output_dir)
+        print(f"{result.describe()}\n\nWrote lr_find.json and lr_find.png into {trainer.args.output_dir}.")
+        if result.steepest is not None:
+            print("Next:", command_with_rate(command, result.steepest))
+
+
 class RangeTest(DefaultFlowCallback):
     """Sets the rate before each step, reads the loss after it, and says when to stop."""
 
@@ -142,11 +162,7 @@ class RangeTest(DefaultFlowCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         rates = self.finder.learning_rates
         rate = rates[min(state.global_step, len(rates) - 1)]
-        for group, factor in zip(optimizer.param_groups, self.factors, strict=True):
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(rate * factor)
-            else:
-                group["lr"] = rate * factor
+        set_learning_rates_(optimizer, [rate * factor for factor in self.factors])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_log = True

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .callbacks.events import has_listener
-from .clipping import clip_global_norm_
+from .clipping import clip_global_norm_, measure_global_norm
 from .clipping.norms import HALF_TYPES
 from .gradient_exchange import average_over_processes_, sum_over_processes
 from .optim.base import MomentumOptimizer
@@ -185,9 +185,11 @@ class MicroBatches:
         self, loss: Tensor, num_items: Tensor, factor: float, watch: Callable[[Tensor, Tensor], None]
     ) -> bool:
         """Clips; returns whether the micro-batch is kept. `factor` is what its own gradient was multiplied by."""
-        threshold = None if self.options.clip_norm is None else self.options.clip_norm * factor
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        result = clip_global_norm_(gradients, threshold)
+        if self.options.clip_norm is None:
+            result = measure_global_norm(gradients)
+        else:
+            result = clip_global_norm_(gradients, self.options.clip_norm * factor)
         watch(result.norm / factor, num_items.cpu())
         if self.options.drops_nonfinite and not (result.is_finite and bool(torch.isfinite(loss))):
             self.num_dropped += 1

@@ -65,8 +65,7 @@ from hf_lmopt.data.classification import (
     read_labeled_file,
 )
 from hf_lmopt.data.classifier_inputs import choose_max_length, encode_examples
-from hf_lmopt.lr_find_result import command_with_rate
-from hf_lmopt.lr_finder import LRFinder
+from hf_lmopt.lr_finder import LRFinder, find_learning_rate
 from hf_lmopt.optim.explain import explain_implementation
 from hf_lmopt.publishing.classification_report import build_measure, describe_metrics
 from hf_lmopt.publishing.confusion_matrix import plot_confusion_matrix
@@ -204,7 +203,9 @@ def main(argv: list[str] | None = None) -> None:
         compute_metrics=lambda prediction: {k: v for k, v in measure(prediction).items() if isinstance(v, float)},
     )
     if recipe.lr_find:
-        find_learning_rate(trainer, argv)
+        # Classifiers learn little from a step, so the range is passed through slowly.
+        finder = LRFinder(trainer, min_lr=1e-6, max_lr=1.0, num_steps=200)
+        find_learning_rate(finder, ["python", sys.argv[0], *argv])
         return
     training = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics = {split: measure(trainer.predict(datasets[split])) for split in datasets if split != "train"}
@@ -340,17 +341,6 @@ def head_modules(config: PreTrainedConfig) -> list[str]:
         model = AutoModelForSequenceClassification.from_config(config)
     children = ((name, child) for name, child in model.named_children() if name != model.base_model_prefix)
     return [name for name, child in children if any(True for _ in child.parameters())]
-
-
-def find_learning_rate(trainer: LMOptTrainer, argv: Sequence[str]) -> None:
-    """Runs the range test, and says how to train with what it suggests."""
-    # Classifiers learn little from a step, so the range is passed through slowly.
-    result = LRFinder(trainer, min_lr=1e-6, max_lr=1.0, num_steps=200).run()
-    if trainer.is_world_process_zero():
-        result.save(trainer.args.output_dir)
-        print(f"{result.describe()}\n\nWrote lr_find.json and lr_find.png into {trainer.args.output_dir}.")
-        if result.steepest is not None:
-            print("Next:", command_with_rate(["python", sys.argv[0], *argv], result.steepest))
 
 
 def save(

@@ -51,8 +51,7 @@ from hf_lmopt.data import (
 )
 from hf_lmopt.data.corpus import Corpus, load_hub_corpus, read_corpus
 from hf_lmopt.data.documents import TXT_LAYOUTS
-from hf_lmopt.lr_find_result import command_with_rate
-from hf_lmopt.lr_finder import LRFinder
+from hf_lmopt.lr_finder import LRFinder, find_learning_rate
 from hf_lmopt.metrics.language_modeling import CorpusScore, score_corpus
 from hf_lmopt.optim.explain import explain_implementation
 from hf_lmopt.publishing import plot_training_curves, run_facts
@@ -199,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     trainer = build_trainer(recipe, args, model, tokenizer, blocks)
     if recipe.lr_find:
-        find_learning_rate(trainer, argv)
+        find_learning_rate(LRFinder(trainer), ["python", sys.argv[0], *argv])
         return
 
     before = evaluate(recipe, trainer, corpus.validation, "Evaluation before training")
@@ -421,16 +420,6 @@ def count_steps(trainer: LMOptTrainer) -> int:
         return args.max_steps
     steps_per_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
     return math.ceil(steps_per_epoch * args.num_train_epochs)
-
-
-def find_learning_rate(trainer: LMOptTrainer, argv: list[str]) -> None:
-    """Runs the range test, and says how to train with what it suggests."""
-    result = LRFinder(trainer).run()
-    if trainer.is_world_process_zero():
-        result.save(trainer.args.output_dir)
-        print(f"{result.describe()}\n\nWrote lr_find.json and lr_find.png into {trainer.args.output_dir}.")
-        if result.steepest is not None:
-            print("Next:", command_with_rate(["python", sys.argv[0], *argv], result.steepest))
 
 
 def train(trainer: LMOptTrainer, checkpoint: str | None) -> dict[str, float]:

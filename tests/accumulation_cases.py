@@ -125,6 +125,11 @@ def flatten_gradient(model: nn.Module) -> torch.Tensor:
     return torch.cat(gradients).clone()
 
 
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Relative L2 norm of the difference."""
+    return float((one.double() - other.double()).norm() / other.double().norm())
+
+
 class KeepGradients(TrainerCallback):
     """Keeps the gradient of every optimizer step."""
 

@@ -6,23 +6,19 @@ FSDP2 has sharded, beside the same run in one process.
 """
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accumulation_cases import CASES, train_window
+from tiny_models import TINY_MODELS, VOCAB_SIZE
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
+from two_processes import main
 
 from hf_lmopt import LMOptArguments, LMOptTrainer
-
-
-sys.path.insert(0, str(Path(__file__).parent))
-from accumulation_cases import CASES, train_window
-from tiny_models import TINY_MODELS, VOCAB_SIZE
-from two_processes import main
 
 
 STRATEGIES: dict[str, dict[str, Any]] = {

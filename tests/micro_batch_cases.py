@@ -5,21 +5,16 @@ Under torchrun it writes the gradient of each case: `torchrun --nproc_per_node 2
 """
 
 import os
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+from accumulation_cases import CASES, Example, flatten_gradient, gradient_by_hand, train_window
 from torch import nn
 from transformers import TrainerCallback
+from two_processes import main
 
 from hf_lmopt import LMOptTrainer
-
-
-sys.path.insert(0, str(Path(__file__).parent))
-from accumulation_cases import CASES, Example, flatten_gradient, train_window
-from two_processes import main
 
 
 CASE = CASES["token_classifier"]  # rows of 6, 3, 5, 0, 4, 6, 2, 1 labels: micro-batches of unlike counts
@@ -29,8 +24,6 @@ BAD_ROWS = (2, 7)
 
 def own_gradient(examples: list[Example]) -> torch.Tensor:
     """Of the mean loss over these examples alone, in float64."""
-    from accumulation_cases import gradient_by_hand
-
     return gradient_by_hand(CASE, examples)[0]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from accumulation_cases import CASES, gradient_by_hand, train_window
+from accumulation_cases import CASES, distance, gradient_by_hand, train_window
 from tiny_models import TINY_MODELS
 from transformers import Seq2SeqTrainer, Trainer
 from two_processes import run_in_two_processes
@@ -15,11 +15,6 @@ from hf_lmopt.accumulation import count_loss_items, loss_drops_first_label
 
 
 SPLITS = {"8x1": (8, 1), "2x4": (2, 4), "1x8": (1, 8), "3+3+2": (3, 3)}
-
-
-def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Relative L2 norm of the difference."""
-    return float((one.double() - other.double()).norm() / other.double().norm())
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from accumulation_cases import CASES, train_window
+from accumulation_cases import CASES, distance, train_window
 from gradient_step_cases import FOUR_STEPS, STRATEGIES, arguments_of, train_language_model
 from tiny_models import TINY_MODELS, tiny_bert_classifier
 from trainer_cases import build_trainer, same_weights, step_logs, weights
@@ -16,10 +16,6 @@ from two_processes import run_in_two_processes
 CASE = CASES["token_classifier"]
 SPLITS = {"8x1": (8, 1), "2x4": (2, 4), "3+3+2": (3, 3)}
 LOGGED = ("grad_norm", "grad_norm_clipped", "clip_coefficient", "clipped_steps")
-
-
-def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one.double() - other.double()).norm() / other.double().norm())
 
 
 @pytest.fixture(scope="module")

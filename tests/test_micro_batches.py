@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from accumulation_cases import train_window
+from accumulation_cases import distance, train_window
 from micro_batch_cases import (
     BAD_ROWS,
     CASE,
@@ -20,15 +20,11 @@ from micro_batch_cases import (
 )
 from tiny_models import tiny_bert_classifier
 from torch import nn
-from trainer_cases import build_trainer, step_logs, weights
+from trainer_cases import build_trainer, step_logs, train_with_scaler, weights
 from transformers import Trainer
 from two_processes import run_in_two_processes
 
 from hf_lmopt import LMOptMixin
-
-
-def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one.double() - other.double()).norm() / other.double().norm())
 
 
 def split(batch_size: int) -> list[list[dict[str, torch.Tensor]]]:
@@ -221,21 +217,9 @@ def test_gradients_have_their_own_type_again_after_the_run(tmp_path: Path) -> No
 # ---- fp16 ----
 
 
-def run_with_scaler(trainer: Any) -> Any:
-    """A CPU has no scaler by itself: one is put in, as CUDA would have it."""
-    accelerator = trainer.accelerator
-    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
-    try:
-        trainer.train()
-    finally:
-        accelerator.state._mixed_precision = "no"
-    return accelerator.scaler
-
-
 def test_under_a_scaler_thresholds_speak_of_the_unscaled_gradient(tmp_path: Path) -> None:
     logs = []
-    for run in (lambda trainer: trainer.train(), run_with_scaler):
+    for run in (lambda trainer: trainer.train(), train_with_scaler):
         watch = WatchMicroBatches()
         trainer = build_trainer(
             tmp_path, tiny_bert_classifier(), (watch,), micro_batch_clip_norm=0.5, max_steps=2, learning_rate=0.0
@@ -272,7 +256,7 @@ def test_a_scaler_lowers_its_scale_for_dropped_micro_batches_too(
         nonfinite_gradients="drop_micro_batch",
         max_steps=3,
     )
-    assert run_with_scaler(trainer).get_scale() == 2.0**7
+    assert train_with_scaler(trainer).get_scale() == 2.0**7
     assert [entry["skipped_steps"] for entry in step_logs(trainer)] == skipped
     assert all(bool(tensor.isfinite().all()) for tensor in weights(trainer.model).values())
 
@@ -283,7 +267,7 @@ class SkipSecondStep(WatchSteps):
             skip_step("the test wants it")
 
 
-@pytest.mark.parametrize("run", [lambda trainer: trainer.train(), run_with_scaler])
+@pytest.mark.parametrize("run", [lambda trainer: trainer.train(), train_with_scaler])
 def test_a_callback_can_skip_a_step(run: Any, tmp_path: Path) -> None:
     trainer = build_trainer(
         tmp_path, tiny_bert_classifier(), (SkipSecondStep(),), max_steps=3, lr_scheduler_type="linear"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import tiny_albert_classifier, tiny_bert_classifier, tiny_lora_classifier
 from torch import nn
-from trainer_cases import build_trainer, same_weights, step_logs, weights
+from trainer_cases import build_trainer, same_weights, step_logs, train_with_scaler, weights
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lmopt import LMOptMixin, build_param_groups, optimizer_factory
@@ -86,15 +86,9 @@ def test_overflow_under_an_fp16_scaler_is_left_to_the_scaler_and_never_raises(tm
     model, keep = tiny_bert_classifier(), KeepWeights()
     spoil = SpoilGradient(model.bert.pooler.dense.weight, math.inf, step=1)
     trainer = build_trainer(tmp_path, model, (spoil, keep), nonfinite_gradients="raise", max_grad_norm=0.05)
-    accelerator = trainer.accelerator
-    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
-    try:
-        trainer.train()
-    finally:
-        accelerator.state._mixed_precision = "no"
+    scaler = train_with_scaler(trainer)
     logs = step_logs(trainer)
-    assert accelerator.scaler.get_scale() == 2.0**7
+    assert scaler.get_scale() == 2.0**7
     assert same_weights(keep.history[0], keep.history[1])
     assert not same_weights(keep.history[1], keep.history[2])
     assert [entry["skipped_steps"] for entry in logs] == [0, 1, 0, 0]

@@ -22,6 +22,17 @@ def classification_dataset(size: int = 8, length: int = 6, seed: int = 0) -> lis
     ]
 
 
+class Quadratic(nn.Module):
+    """The loss is curvature / 2 * x**2, whatever the batch."""
+
+    def __init__(self, curvature: float) -> None:
+        super().__init__()
+        self.x, self.curvature = nn.Parameter(torch.ones((), dtype=torch.float64)), curvature
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": self.curvature / 2 * self.x**2}
+
+
 def build_trainer(
     output_dir: Path | str,
     model: nn.Module | None = None,
@@ -50,6 +61,18 @@ def build_trainer(
         callbacks=list(callbacks),
         **(trainer_kwargs or {}),
     )
+
+
+def train_with_scaler(trainer: Any, init_scale: float = 2.0**8) -> torch.amp.GradScaler:
+    """Trains in fp16 as CUDA would: a CPU has no scaler by itself, so one is put in."""
+    accelerator = trainer.accelerator
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+    try:
+        trainer.train()
+    finally:
+        accelerator.state._mixed_precision = "no"
+    return accelerator.scaler
 
 
 def step_logs(trainer: Any) -> list[dict[str, float]]:

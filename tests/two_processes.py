@@ -16,7 +16,7 @@ TESTS = Path(__file__).parent
 def run_in_two_processes(script: str, folder: Path) -> Path:
     """Runs `tests/<script> FOLDER` under torchrun, one thread each; returns the folder."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(TESTS)}
     done = subprocess.run(
         [*command, str(TESTS / script), str(folder)], env=environment, capture_output=True, text=True, timeout=300
     )

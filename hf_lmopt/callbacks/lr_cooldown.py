@@ -36,13 +36,13 @@ class LRCooldown:
         """Before a step: lowers the rates of the optimizer's groups, if the cool-down still lasts."""
         if global_step < self.end:
             self._full_lrs = [_value(group["lr"]) for group in optimizer.param_groups]
-            _set_lrs(optimizer, [lr * self.factor for lr in self._full_lrs])
+            set_learning_rates_(optimizer, [lr * self.factor for lr in self._full_lrs])
 
     def put_back_(self, optimizer: Any) -> float:
         """After the step, before its scheduler moves: puts the rates back; returns the factor that the step had."""
         if self._full_lrs is None:
             return 1.0
-        _set_lrs(optimizer, self._full_lrs)
+        set_learning_rates_(optimizer, self._full_lrs)
         self._full_lrs = None
         return self.factor
 
@@ -51,7 +51,8 @@ def _value(lr: float | Tensor) -> float | Tensor:
     return lr.clone() if isinstance(lr, Tensor) else lr
 
 
-def _set_lrs(optimizer: Any, lrs: Iterable[float | Tensor]) -> None:
+def set_learning_rates_(optimizer: Any, lrs: Iterable[float | Tensor]) -> None:
+    """Sets the learning rate of every group, one that is a tensor in place."""
     for group, lr in zip(optimizer.param_groups, lrs, strict=True):
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)  # compiled code holds on to the tensor

@@ -11,7 +11,7 @@ Gradient clipping: one strategy per file, each a function over lists of gradient
 
 from .adaptive import clip_adaptive_
 from .clipper import Clipper, StepGradients
-from .global_norm import clip_global_norm_, compute_global_norm, measure_global_norm
+from .global_norm import clip_global_norm_, measure_global_norm
 from .per_part import clip_per_part_
 from .quantile import NormHistory, clip_quantile_
 from .record import ClipRecord, ClipResult
@@ -39,7 +39,6 @@ __all__ = [
     "clip_value_",
     "clip_zscore_",
     "clipping_table",
-    "compute_global_norm",
     "find_fan_in_axes",
     "measure_global_norm",
 ]

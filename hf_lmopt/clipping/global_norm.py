@@ -12,11 +12,11 @@ Gradients may be DTensors (FSDP2), also on different meshes, and may lie on seve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from .norms import compute_norms, measure_norms, total_norm
+from .norms import measure_norms, total_norm
 from .record import ClipResult
 from .shards import scale_
 
@@ -26,33 +26,15 @@ EPSILON = 1e-6
 
 
 @torch.no_grad()
-def compute_global_norm(gradients: Sequence[torch.Tensor], norm_type: float = 2.0) -> torch.Tensor:
-    """
-    Norm of all gradients seen as one vector.
-
-    Args:
-        gradients (`Sequence[torch.Tensor]`):
-            Gradients of any shapes, on any devices; DTensors count in full, not by their local shard.
-        norm_type (`float`, *optional*, defaults to `2.0`):
-            Order of the norm; `inf` gives the largest absolute element.
-
-    Returns:
-        `torch.Tensor`: a scalar on the device of the first gradient, at least float32; 0 for no gradients.
-    """
-    norms = compute_norms(gradients, norm_type)
-    return torch.linalg.vector_norm(norms, norm_type) if len(norms) else torch.zeros(())
-
-
-@torch.no_grad()
-def clip_global_norm_(gradients: Sequence[torch.Tensor], max_norm: float | None, norm_type: float = 2.0) -> ClipResult:
+def clip_global_norm_(gradients: Sequence[torch.Tensor], max_norm: float, norm_type: float = 2.0) -> ClipResult:
     """
     Scales the gradients in place so that their global norm is at most `max_norm`.
 
     Args:
         gradients (`Sequence[torch.Tensor]`):
             Unscaled, fully accumulated gradients of one optimizer step.
-        max_norm (`float`, *optional*):
-            Threshold; `None` only measures.
+        max_norm (`float`):
+            Threshold.
         norm_type (`float`, *optional*, defaults to `2.0`):
             Order of the norm.
 
@@ -60,7 +42,7 @@ def clip_global_norm_(gradients: Sequence[torch.Tensor], max_norm: float | None,
         [`ClipResult`]: the norm before the clip, the coefficient, and whether the gradient was finite.
     """
     result = measure_global_norm(gradients, norm_type)
-    if max_norm is None or not result.is_finite:
+    if not result.is_finite:
         return result
     coefficient = torch.clamp(max_norm / (result.norm + EPSILON), max=1.0)
     if coefficient < 1:
@@ -87,15 +69,32 @@ def measure_global_norm(gradients: Sequence[torch.Tensor], norm_type: float = 2.
     return ClipResult(norm, torch.ones_like(norm), is_finite)
 
 
-def scale_to_norm_(gradients: Sequence[torch.Tensor], result: ClipResult, threshold: float) -> ClipResult:
+def clip_to_chosen_norm_(
+    gradients: Sequence[torch.Tensor], choose_threshold: Callable[[float], float], norm_type: float = 2.0
+) -> ClipResult:
     """
-    Scales gradients that were measured down to `threshold`, for strategies that find it among the norms themselves.
+    Scales the gradients in place down to a threshold that depends on their own norm, by what is remembered of others.
 
     Without torch's 1e-6, so that nothing depends on the unit of the loss; a norm equal to the threshold stays.
+
+    Args:
+        gradients (`Sequence[torch.Tensor]`):
+            Unscaled, fully accumulated gradients of one optimizer step.
+        choose_threshold (`Callable[[float], float]`):
+            Gives the threshold for a norm, and remembers it; not asked if the norm is not finite, or there are no
+            gradients.
+        norm_type (`float`, *optional*, defaults to `2.0`):
+            Order of the norm.
+
+    Returns:
+        [`ClipResult`]: the norm before the clip, the coefficient, and whether the gradient was finite.
     """
+    result = measure_global_norm(gradients, norm_type)
+    if not result.is_finite or not gradients:
+        return result
     norm = float(result.norm)
+    threshold = choose_threshold(norm)
     if norm <= threshold:
         return result
-    coefficient = threshold / norm
-    scale_(gradients, coefficient)
-    return result._replace(coefficient=torch.tensor(coefficient, dtype=torch.float64))
+    scale_(gradients, threshold / norm)
+    return result._replace(coefficient=torch.tensor(threshold / norm, dtype=torch.float64))

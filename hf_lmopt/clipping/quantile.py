@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .global_norm import measure_global_norm, scale_to_norm_
+from .global_norm import clip_to_chosen_norm_
 from .record import ClipResult
 
 
@@ -83,9 +83,9 @@ def clip_quantile_(
     Returns:
         [`ClipResult`]: the norm before the clip, the coefficient, and whether the gradient was finite.
     """
-    result = measure_global_norm(gradients, norm_type)
-    if not result.is_finite or not gradients:
-        return result
-    norm = float(result.norm)
-    history.add(norm, history_length)
-    return scale_to_norm_(gradients, result, history.quantile(quantile))
+
+    def choose_threshold(norm: float) -> float:
+        history.add(norm, history_length)
+        return history.quantile(quantile)
+
+    return clip_to_chosen_norm_(gradients, choose_threshold, norm_type)

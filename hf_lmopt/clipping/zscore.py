@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .global_norm import measure_global_norm, scale_to_norm_
+from .global_norm import clip_to_chosen_norm_
 from .record import ClipResult
 
 
@@ -93,10 +93,10 @@ def clip_zscore_(
     Returns:
         [`ClipResult`]: the norm before the clip, the coefficient, and whether the gradient was finite.
     """
-    result = measure_global_norm(gradients, norm_type)
-    if not result.is_finite or not gradients:
-        return result
-    norm = float(result.norm)
-    threshold = statistics.choose_threshold(norm, z_threshold)
-    statistics.add(threshold, alpha, warmup_steps)
-    return scale_to_norm_(gradients, result, threshold)
+
+    def choose_threshold(norm: float) -> float:
+        threshold = statistics.choose_threshold(norm, z_threshold)
+        statistics.add(threshold, alpha, warmup_steps)
+        return threshold
+
+    return clip_to_chosen_norm_(gradients, choose_threshold, norm_type)

@@ -7,10 +7,10 @@ from typing import Literal
 
 import numpy as np
 
+from hf_lmopt.callbacks.spike_history import MAD_TO_DEVIATION
 from hf_lmopt.pictures.series import Series
 
 
-MAD_TO_SIGMA = 1.4826  # for a normal distribution
 MEDIAN_ERROR = 1.2533  # standard error of a median, relative to that of a mean
 
 
@@ -48,7 +48,7 @@ class Level:
 def noise_of(values: np.ndarray) -> float:
     """Standard deviation of the noise from entry to entry; a trend does not count, nor do a few spikes."""
     jumps = np.diff(values)
-    return float(MAD_TO_SIGMA * np.median(np.abs(jumps - np.median(jumps))) / np.sqrt(2)) if len(jumps) else 0.0
+    return float(MAD_TO_DEVIATION * np.median(np.abs(jumps - np.median(jumps))) / np.sqrt(2)) if len(jumps) else 0.0
 
 
 def level(series: Series, entries: slice) -> Level:

@@ -1,8 +1,5 @@
 """The noise scale equals the closed form of a quadratic problem, for any split into micro-batches."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from two_processes import main, run_in_two_processes
 
 from hf_lmopt import LMOptArguments, LMOptTrainer
 from hf_lmopt.callbacks.gradient_noise_scale import GradientNoiseScale, estimate_noise
@@ -147,10 +145,7 @@ def test_both_parts_are_averaged_apart_and_divided_after(tmp_path: Path) -> None
 
 
 def test_two_processes_count_each_others_micro_batches(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_in_two_processes("callbacks/test_gradient_noise_scale.py", tmp_path)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert one["entries"] == other["entries"]
     assert one["counts"] != other["counts"]
@@ -170,7 +165,6 @@ def _train_as_one_of_two(folder: str) -> None:
     torch.save(
         {"entries": recorded(trainer), "counts": counts, "items": items}, f"{folder}/{trainer.args.process_index}.pt"
     )
-    torch.distributed.destroy_process_group()
 
 
 # ---- What is left out ----
@@ -294,4 +288,4 @@ def test_values_outside_their_range_raise_at_construction() -> None:
 
 
 if __name__ == "__main__":
-    _train_as_one_of_two(sys.argv[1])
+    main(_train_as_one_of_two)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import tiny_bert_classifier
 from torch import nn
-from trainer_cases import build_trainer, same_weights, step_logs, weights
+from trainer_cases import build_trainer, same_weights, step_logs, train_with_scaler, weights
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lmopt import LMOptTrainer
@@ -265,21 +265,15 @@ def test_an_overflow_that_the_trainer_deals_with_is_no_spike(
     options = {"max_steps": STEPS, "learning_rate": 1e-3, "nonfinite_gradients": nonfinite_gradients}
     model = tiny_bert_classifier(dropout=0.1)
     trainer = build_trainer(tmp_path, model, (callback, watch), trainer_class=Overflow, **options)
-    accelerator = trainer.accelerator
-    if has_scaler:  # a CPU has none by itself
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
-    try:
+    if has_scaler:
+        assert train_with_scaler(trainer, init_scale=2.0**8).get_scale() == 2.0**7
+    else:
         trainer.train()
-    finally:
-        accelerator.state._mixed_precision = "no"
     assert [step for step, is_skipped in enumerate(watch.skipped) if is_skipped] == [SPIKE]
     assert same_state(watch.before[SPIKE], watch.after[SPIKE])
     assert set(figures(trainer, "skipped_steps")) == set(figures(trainer, "rollbacks")) == {0}
     assert set(figures(trainer, "lr_factor")) == {1}
     assert callback.taken_steps == STEPS - 1
-    if has_scaler:
-        assert accelerator.scaler.get_scale() == 2.0**7
 
 
 def test_without_logging_steps_figures_are_those_of_spikes(tmp_path: Path) -> None:
