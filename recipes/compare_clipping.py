@@ -23,7 +23,6 @@ without tuning: norms of 1, for parts of the gradient such that all of them toge
 import argparse
 import contextlib
 import io
-import json
 import math
 import os
 import random
@@ -35,10 +34,12 @@ from typing import Any
 import finetune_classifier
 import pretrain_causal_lm
 import torch
+from cells import append_cell, read_cells
+from faulty_trainer import FaultyStockTrainer, FaultyTrainer
 from torch.utils.data import Subset
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 
-from hf_lmopt import LMOptArguments, LMOptTrainer
+from hf_lmopt import LMOptArguments
 from hf_lmopt.callbacks import SpikeGuard
 from hf_lmopt.data import collate_packed
 from hf_lmopt.data.classification import fit_label_encoder
@@ -51,7 +52,6 @@ SEEDS = (42, 43, 44)
 FAULTS = ("clean", "bad_batches", "high_rate", "overflow")
 OPTIMIZERS = ("adamw", "sgd")
 FAULT_SHARE = 0.05
-BAD_LOSS_FACTOR = 100.0
 HIGH_RATE_FACTOR = 5.0
 ACCUMULATION_STEPS = 4
 # Norms of the parts such that the whole has about 1: 6 layers, 2 groups.
@@ -132,55 +132,16 @@ def all_cells() -> list[Cell]:
     ]
 
 
-def read_cells(file: Path) -> dict[str, dict[str, Any]]:
-    """Finished cells by key."""
-    if not file.exists():
-        return {}
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return {record["key"]: record for record in records}
-
-
 def run_missing_cells(file: Path, tasks: dict[str, Any], cells: list[Cell]) -> None:
     for cell in cells:
         if cell.key in read_cells(file):
             continue
         record = run(tasks[cell.task], cell)
-        with file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(record) + "\n")
+        append_cell(file, record)
         print(f"{cell.key}: {record['metrics']}, {record['seconds']:.0f} s", flush=True)
 
 
 # ---- One cell ----
-
-
-class Faults:
-    """Spoils some of a Trainer's micro-batches: those that `faulty` says, from its end."""
-
-    fault: str
-    faulty: list[bool]
-
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        is_faulty = model.training and self.fault in ("bad_batches", "overflow") and self.faulty.pop()
-        if is_faulty and self.fault == "bad_batches":
-            inputs = {**inputs, "labels": shuffled(inputs["labels"])}
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)  # type: ignore[misc]
-        if is_faulty:
-            loss = loss * (BAD_LOSS_FACTOR if self.fault == "bad_batches" else float("inf"))
-        return (loss, outputs) if return_outputs else loss
-
-
-class FaultyTrainer(Faults, LMOptTrainer):
-    """This package's Trainer with faults."""
-
-
-class FaultyStockTrainer(Faults, Trainer):
-    """transformers' own."""
-
-
-def shuffled(labels: torch.Tensor) -> torch.Tensor:
-    """Labels of the micro-batch dealt out anew, with a fixed order so that all methods meet the same."""
-    order = torch.randperm(labels.numel(), generator=torch.Generator().manual_seed(labels.numel()))
-    return labels.reshape(-1)[order.to(labels.device)].view_as(labels)
 
 
 def run(task: Any, cell: Cell) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from compare_clipping import FAULTS, METHODS, OPTIMIZERS, SEEDS, TASKS, all_cells, read_cells
+from cells import Cells, read_cells
+from compare_clipping import FAULTS, METHODS, OPTIMIZERS, SEEDS, TASKS, all_cells
 
 from hf_lmopt.checkpointing import new_file, write_json, write_text
 from hf_lmopt.publishing import run_facts
@@ -45,7 +46,7 @@ def write_report(folder: Path) -> None:
         draw(figures, file)
 
 
-def values_of(cells: dict[str, dict[str, Any]], task: str, optimizer: str, fault: str) -> Rows:
+def values_of(cells: Cells, task: str, optimizer: str, fault: str) -> Rows:
     """Inf where a run diverged."""
     rows: Rows = {}
     for name, method in METHODS.items():

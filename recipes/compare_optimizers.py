@@ -21,7 +21,6 @@ Weight decay is set so that rate times decay is the same for all methods at the 
 import argparse
 import contextlib
 import io
-import json
 import os
 import time
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from cells import Cells, append_cell, read_cells
 from pretrain_causal_lm import (
     PretrainingArguments,
     RecipeArguments,
@@ -139,22 +139,11 @@ def run_missing_cells(
     while (cell := next_cell(read_cells(file), only_tune, only_seed)) is not None:
         print(cell.key, flush=True)
         record = task.run(cell)
-        with file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(record) + "\n")
+        append_cell(file, record)
         print(f"  validation loss {record['validation_loss']:.4f}, {record['seconds']:.0f} s", flush=True)
 
 
-def read_cells(file: Path) -> dict[str, dict[str, Any]]:
-    """Finished cells by key."""
-    if not file.exists():
-        return {}
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return {record["key"]: record for record in records}
-
-
-def next_cell(
-    finished: dict[str, dict[str, Any]], only_tune: list[str] | None = None, only_seed: int | None = None
-) -> Cell | None:
+def next_cell(finished: Cells, only_tune: list[str] | None = None, only_seed: int | None = None) -> Cell | None:
     """The first cell that is missing, of the first stage that has any."""
     if only_tune is not None:
         missing = [cell for name in only_tune for cell in grid_of(name) if cell.key not in finished]
@@ -168,7 +157,7 @@ def next_cell(
     return None
 
 
-def tuning_cells(finished: dict[str, dict[str, Any]]) -> list[Cell]:
+def tuning_cells(finished: Cells) -> list[Cell]:
     return [cell for name in METHODS for cell in grid_of(name)]
 
 
@@ -176,11 +165,11 @@ def grid_of(name: str) -> list[Cell]:
     return [Cell(name, METHODS[name].middle_rate * factor, TUNING_STEPS, SEEDS[0]) for factor in GRID]
 
 
-def best_of(cells: list[Cell], finished: dict[str, dict[str, Any]]) -> Cell:
+def best_of(cells: list[Cell], finished: Cells) -> Cell:
     return min(cells, key=lambda cell: finished[cell.key]["validation_loss"])
 
 
-def finalists(finished: dict[str, dict[str, Any]]) -> list[str]:
+def finalists(finished: Cells) -> list[str]:
     """AdamW, and the optimizers with the least loss after tuning, each with the settings that did best."""
     best = {name: best_of(grid_of(name), finished) for name in METHODS}
     ranking = sorted(METHODS, key=lambda name: finished[best[name].key]["validation_loss"])
@@ -189,22 +178,22 @@ def finalists(finished: dict[str, dict[str, Any]]) -> list[str]:
     return ["adamw", *others[:NUM_FINALISTS]]
 
 
-def retuning_cells(finished: dict[str, dict[str, Any]]) -> list[Cell]:
+def retuning_cells(finished: Cells) -> list[Cell]:
     return [cell for name in finalists(finished) for cell in rates_at_full_length(name, finished)]
 
 
-def rates_at_full_length(name: str, finished: dict[str, dict[str, Any]]) -> list[Cell]:
+def rates_at_full_length(name: str, finished: Cells) -> list[Cell]:
     rate = best_of(grid_of(name), finished).learning_rate
     return [Cell(name, each, FULL_STEPS, SEEDS[0]) for each in (rate, rate / 2)]
 
 
-def tuned_rate(name: str, steps: int, finished: dict[str, dict[str, Any]]) -> float:
+def tuned_rate(name: str, steps: int, finished: Cells) -> float:
     """Of the nearer of the two lengths at which rates were tried."""
     is_short = steps**2 < TUNING_STEPS * FULL_STEPS
     return best_of(grid_of(name) if is_short else rates_at_full_length(name, finished), finished).learning_rate
 
 
-def final_cells(finished: dict[str, dict[str, Any]]) -> list[Cell]:
+def final_cells(finished: Cells) -> list[Cell]:
     return [
         Cell(name, tuned_rate(name, steps, finished), steps, seed)
         for seed in SEEDS

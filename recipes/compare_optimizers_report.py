@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from cells import Cells, read_cells
 from compare_optimizers import (
     BATCH_SIZE,
     BLOCK_SIZE,
@@ -20,16 +21,12 @@ from compare_optimizers import (
     finalists,
     grid_of,
     next_cell,
-    read_cells,
     retuning_cells,
     tuned_rate,
 )
 
 from hf_lmopt.checkpointing import new_file, write_json, write_text
 from hf_lmopt.publishing import run_facts
-
-
-Cells = dict[str, dict[str, Any]]
 
 
 def write_report(folder: Path) -> None:

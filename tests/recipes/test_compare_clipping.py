@@ -57,7 +57,7 @@ def recipe(monkeypatch, tmp_path):
         monkeypatch.setattr(report, name, value)
     monkeypatch.setattr(module, "FAULT_SHARE", 0.3)
     yield module
-    for name in ("compare_clipping", "compare_clipping_report"):
+    for name in ("compare_clipping", "compare_clipping_report", "faulty_trainer", "cells"):
         sys.modules.pop(name)
 
 
@@ -66,7 +66,7 @@ def test_cells_run_once_and_the_report_says_who_diverged(recipe, tmp_path, capsy
     assert len(cells) == 2 * (3 * 3 + 3)
     recipe.run_missing_cells(file, tasks, cells[::2])
     recipe.run_missing_cells(file, tasks, cells)
-    records = recipe.read_cells(file)
+    records = sys.modules["cells"].read_cells(file)
     assert len(file.read_text().splitlines()) == len(records) == len(cells)
 
     overflow = {name: records[f"movie-sentiment sgd overflow {name} seed=1"] for name in METHODS[3:]}
@@ -96,7 +96,7 @@ def test_bad_batches_have_shuffled_labels_and_a_large_loss(recipe):
     inputs = {"input_ids": torch.stack([row["input_ids"] for row in trainer.train_dataset[:6]])}
     inputs["labels"] = torch.arange(6) % 3
     trainer.model.train()
-    dealt = recipe.shuffled(inputs["labels"])
+    dealt = importlib.import_module("faulty_trainer").shuffled(inputs["labels"])
     assert not torch.equal(dealt, inputs["labels"])
     assert torch.equal(dealt.sort().values, inputs["labels"].sort().values)
     plain, bad = (float(trainer.compute_loss(trainer.model, inputs).detach()) for _ in range(2))

@@ -33,7 +33,7 @@ def recipe(monkeypatch):
     monkeypatch.setattr(module, "NUM_FINALISTS", 1)
     monkeypatch.setattr(module, "TIMED_ROUNDS", 2)
     yield module
-    for name in ("compare_optimizers", "compare_optimizers_report"):
+    for name in ("compare_optimizers", "compare_optimizers_report", "cells"):
         sys.modules.pop(name)
 
 
