@@ -12,6 +12,7 @@ from importlib.metadata import version
 from packaging.version import Version
 
 from .arguments import LMOptArguments, LMOptArgumentsMixin
+from .attention.transformers_bridge import register_attention
 from .layer_depth import LayerDepth, layer_depths
 from .lr_find_result import LRFindResult
 from .lr_finder import LRFinder
@@ -30,6 +31,7 @@ __all__ = [
     "LRFinder",
     "LRFindResult",
     "optimizer_factory",
+    "register_attention",
     "build_param_groups",
     "describe_param_groups",
     "layer_depths",

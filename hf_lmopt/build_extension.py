@@ -183,7 +183,7 @@ def compile_commands(compiler: list[str], torch_dir: Path, build_dir: Path) -> d
 
 def _instruction_sets_of(source: Path) -> dict[str, tuple[str, ...]]:
     """Which instruction sets a source is compiled for on this machine, with their flags."""
-    if source.parent.name != "cpu":
+    if "cpu" not in source.relative_to(SOURCE_DIR).parent.parts:
         return {"any": ()}
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     for name, flags in OPTIONAL_INSTRUCTION_SETS.items():

@@ -27,6 +27,7 @@ from transformers.utils import find_labels
 
 from .accumulation import AccumulationWindow, choose_loss_reduction, count_loss_items, loss_drops_first_label
 from .arguments import LMOptArgumentsMixin
+from .attention.model_support import check_attention
 from .callbacks.events import call_event
 from .callbacks.figures import begin_reporting, report_figures
 from .checkpointing import newest_complete_checkpoint, replaced_when_complete
@@ -68,7 +69,8 @@ class LMOptMixin(_TrainerBase):
 
     Raises:
         TypeError: if `args` lacks the fields of [`LMOptArgumentsMixin`].
-        ValueError: if the options do not fit the model or the optimizer.
+        ValueError: if the options do not fit the model or the optimizer, or if the model would ignore
+            `attn_implementation="lmopt"`.
         NotImplementedError: under a kind of parallelism whose gradients cannot be seen whole.
     """
 
@@ -85,6 +87,7 @@ class LMOptMixin(_TrainerBase):
                 "of LMOptArgumentsMixin and your own: change the class of args."
             )
         check_parallelism(self)
+        check_attention(self.model, self.data_collator)
         self.normalises_itself = self.loss_is_scaled_for_ga is True
         self.loss_is_scaled_for_ga = self.normalises_itself
         self._window: AccumulationWindow | None = None

@@ -19,6 +19,7 @@ Other models and ways to train:
     ... --model_name_or_path runs/pretrain_causal_lm/model                             # a decoder, GPT-style
     ... --peft lora --learning_rate 2e-3 --lora_plus_ratio 4
     ... --peft qlora --learning_rate 2e-3 --optim adamw_bnb_8bit
+    ... --attn sdpa                                                # torch's attention, not the compiled one
     ... --lr_find                                                  # which learning rate? 200 steps, no training
 
 Every option of the Trainer and of hf_lmopt works too; a YAML or JSON file can hold all of them and is then the only
@@ -52,6 +53,7 @@ from transformers import (
 )
 
 from hf_lmopt import LMOptArguments, LMOptTrainer
+from hf_lmopt.attention.choice import AttentionChoice, build_skeleton, choose_attention
 from hf_lmopt.checkpointing import new_directory, prepare_output_dir, write_json
 from hf_lmopt.data.classification import (
     SPLITS,
@@ -121,6 +123,11 @@ class RecipeArguments:
     lora_alpha: int = option(32, "Adapters are scaled by lora_alpha / lora_rank.")
     lora_dropout: float = option(0.05, "Dropout in front of the adapters.")
     lora_target_modules: str = option("all-linear", "`all-linear`, or names of modules separated by commas.")
+    attn: str = option(
+        "auto",
+        "Attention implementation: lmopt (compiled), sdpa, eager, ...; `auto` takes lmopt where it works, and what "
+        "transformers takes by default elsewhere.",
+    )
 
     lr_find: bool = option(
         False, "A learning-rate range test in place of the training: prints a rate, writes lr_find.json and .png."
@@ -183,7 +190,9 @@ def main(argv: list[str] | None = None) -> None:
     compute_loss = build_weighted_loss(recipe, examples["train"], encoder)
     prepare_output_dir(folder, resume=bool(args.resume_from_checkpoint) or recipe.lr_find)
     set_seed(args.seed)  # The head starts from random weights.
-    model, tokenizer = build_model(recipe, encoder)
+    attention = choose_attention(recipe.attn, build_skeleton_of_model(recipe), args.device.type)
+    print(attention)
+    model, tokenizer = build_model(recipe, encoder, attention.implementation)
     max_length = choose_max_length(recipe.max_length, tokenizer, model.config)
     datasets = {
         split: encode_examples(rows, tokenizer, encoder, max_length, recipe.on_long_text, split)
@@ -212,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     for split, figures in metrics.items():
         print(f"\n{split}: {describe_metrics(figures, encoder)}")
     if trainer.is_world_process_zero():
-        save(recipe, trainer, metrics, encoder, files, training.metrics["train_runtime"])
+        save(recipe, trainer, attention, metrics, encoder, files, training.metrics["train_runtime"])
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[RecipeArguments, FinetuningArguments]:
@@ -288,7 +297,15 @@ def build_weighted_loss(
     return compute_loss
 
 
-def build_model(recipe: RecipeArguments, encoder: LabelEncoder) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def build_skeleton_of_model(recipe: RecipeArguments) -> PreTrainedModel:
+    """The model without weights, which says what attention it can have."""
+    config = AutoConfig.from_pretrained(recipe.model_name_or_path or default_model())
+    return build_skeleton(AutoModelForSequenceClassification.from_config, config)
+
+
+def build_model(
+    recipe: RecipeArguments, encoder: LabelEncoder, attn_implementation: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads the pretrained body, adds a new head, and wraps both for LoRA if asked to."""
     name = recipe.model_name_or_path or default_model()
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -306,7 +323,11 @@ def build_model(recipe: RecipeArguments, encoder: LabelEncoder) -> tuple[PreTrai
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=head
     )
     model = AutoModelForSequenceClassification.from_pretrained(
-        name, config=config, dtype=torch.float32, quantization_config=nf4 if recipe.peft == "qlora" else None
+        name,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation=attn_implementation,
+        quantization_config=nf4 if recipe.peft == "qlora" else None,
     )
     if recipe.peft == "none":
         return model, tokenizer
@@ -346,6 +367,7 @@ def head_modules(config: PreTrainedConfig) -> list[str]:
 def save(
     recipe: RecipeArguments,
     trainer: LMOptTrainer,
+    attention: AttentionChoice,
     metrics: dict[str, dict[str, Any]],
     encoder: LabelEncoder,
     files: list[str],
@@ -375,6 +397,7 @@ def save(
         },
         "training": {"steps": trainer.state.global_step, "seconds": round(seconds, 1)},
         "settings": describe_settings(recipe, args),
+        "attention": dataclasses.asdict(attention),
         "optimizer_implementation": explain_implementation(trainer.optimizer.optimizer),
         **run_facts(args.seed, files),
     }

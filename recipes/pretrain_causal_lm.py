@@ -7,6 +7,7 @@ Pretrains a small causal language model on real text.
     python recipes/pretrain_causal_lm.py --train_file my.jsonl --validation_file my_validation.jsonl
     python recipes/pretrain_causal_lm.py --dataset_name roneneldan/TinyStories --num_train_epochs 1 --bf16
     python recipes/pretrain_causal_lm.py --resume_from_checkpoint last  # continues the run in --output_dir
+    python recipes/pretrain_causal_lm.py --attn sdpa                    # torch's attention, not the compiled one
     python recipes/pretrain_causal_lm.py --lr_find                      # which learning rate? 100 steps, no training
 
 What --output_dir holds in the end: `model/` (weights, config and tokenizer: `AutoModelForCausalLM.from_pretrained`
@@ -19,7 +20,7 @@ import math
 import re
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,7 @@ from transformers import (
 
 from hf_lmopt import LMOptArguments, LMOptTrainer
 from hf_lmopt.arguments import parse_mapping
+from hf_lmopt.attention.choice import AttentionChoice, build_skeleton, choose_attention
 from hf_lmopt.checkpointing import new_directory, newest_complete_checkpoint, prepare_output_dir, write_json
 from hf_lmopt.data import (
     PackedDocuments,
@@ -109,6 +111,11 @@ class RecipeArguments:
         "Further fields of the new config, JSON or key=value,key=value. Unless given here, intermediate_size is "
         "3 * hidden_size and num_key_value_heads is num_attention_heads where the config has them, and the input and "
         "output embeddings are tied.",
+    )
+    attn: str = option(
+        "auto",
+        "Attention implementation: lmopt (compiled), sdpa, eager, ...; `auto` takes lmopt where it works, and what "
+        "transformers takes by default elsewhere.",
     )
 
     embedding_lr_multiplier: float = option(
@@ -190,7 +197,10 @@ def main(argv: list[str] | None = None) -> None:
     corpus = load_corpus(recipe)
     set_seed(args.seed)
     tokenizer = load_tokenizer(recipe, corpus.train)
-    model = load_model(recipe, tokenizer)
+    skeleton = build_skeleton(AutoModelForCausalLM.from_config, load_config(recipe, tokenizer))
+    attention = choose_attention(recipe.attn, skeleton, args.device.type)
+    print(attention)
+    model = load_model(recipe, tokenizer, attention.implementation)
     check_packing(model)
     blocks = {
         "train": pack(tokenizer, clean(recipe, corpus.train), recipe.block_size),
@@ -205,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     outcome = train(trainer, checkpoint)
     after = evaluate(recipe, trainer, corpus.validation, "Evaluation after training")
     if trainer.is_world_process_zero():
-        save(recipe, trainer, corpus, before, after, outcome)
+        save(recipe, trainer, corpus, attention, before, after, outcome)
 
 
 def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, PretrainingArguments]:
@@ -316,12 +326,17 @@ def separator_of(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
-def load_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_model(
+    recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase, attn_implementation: str | None = None
+) -> PreTrainedModel:
     """A model to continue, or a new one of the given sizes; refuses one that tokens or blocks do not fit."""
+    config = load_config(recipe, tokenizer)
     if recipe.model_name_or_path:
-        model = AutoModelForCausalLM.from_pretrained(recipe.model_name_or_path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            recipe.model_name_or_path, config=config, dtype=torch.float32, attn_implementation=attn_implementation
+        )
     else:
-        model = AutoModelForCausalLM.from_config(build_config(recipe, tokenizer))
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
     vocab_size = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocab_size:
         raise ValueError(
@@ -336,6 +351,13 @@ def load_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> P
             "--context_length, or raise max_position_embeddings in --config_overrides of a new model."
         )
     return model
+
+
+def load_config(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The config of the model to continue, or of a new one."""
+    if recipe.model_name_or_path:
+        return AutoConfig.from_pretrained(recipe.model_name_or_path)
+    return build_config(recipe, tokenizer)
 
 
 def build_config(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -485,6 +507,7 @@ def save(
     recipe: RecipeArguments,
     trainer: LMOptTrainer,
     corpus: Corpus,
+    attention: AttentionChoice,
     before: CorpusScore,
     after: CorpusScore,
     outcome: dict[str, float],
@@ -514,6 +537,7 @@ def save(
         "model": {"type": trainer.model.config.model_type, "parameters": trainer.model.num_parameters()},
         "samples": samples,
         "settings": {name: getattr(args, name) for name in REPORTED_SETTINGS},
+        "attention": asdict(attention),
         "optimizer_implementation": explain_implementation(trainer.optimizer.optimizer),
         "text_sha256": {"train": text_sha256(corpus.train), "validation": text_sha256(corpus.validation)},
         **run_facts(args.seed, corpus.files),

@@ -75,11 +75,8 @@ def check_attention_values(
     ):
         if boundaries is not None:
             _check_boundaries(name, boundaries.tolist(), length)
-    if dropout_seed is not None and not 0 <= int(dropout_seed) < 2**63:
-        raise ValueError(
-            f"dropout_seed={int(dropout_seed)} is outside [0, 2**63): its 63 bits are the key of the generator. Draw "
-            "it by torch.randint(2**63 - 1, ())."
-        )
+    if dropout_seed is not None:
+        _check_seed(int(dropout_seed))
 
 
 def _check_projections(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -185,7 +182,7 @@ def _check_boundaries(name: str, boundaries: list[int], length: int) -> None:
 
 def _check_numbers(scale: float | None, window: Window, softcap: float | None) -> None:
     for name, number, default in (("scale", scale, "1 / sqrt(D)"), ("softcap", softcap, "no cap")):
-        if number is not None and not (number > 0 and math.isfinite(number)):
+        if number is not None and not 0 < number < math.inf:
             raise ValueError(
                 f"{name}={number} is not allowed: it must be finite and greater than 0. Use None for {default}."
             )
@@ -208,8 +205,19 @@ def _check_dropout(dropout_p: float, dropout_seed: int | Tensor | None) -> None:
                 f"dropout_p={dropout_p} was given without dropout_seed. What is dropped depends on the seed alone: "
                 "draw one for each call, for example torch.randint(2**63 - 1, ())."
             )
-    elif isinstance(dropout_seed, Tensor) and (dropout_seed.numel() != 1 or dropout_seed.dtype != torch.int64):
-        raise TypeError(
-            f"dropout_seed is {dropout_seed.dtype} of shape {list(dropout_seed.shape)}. It must be an int or one "
-            "torch.int64: draw it by torch.randint(2**63 - 1, ())."
+    elif isinstance(dropout_seed, Tensor):
+        if dropout_seed.numel() != 1 or dropout_seed.dtype != torch.int64:
+            raise TypeError(
+                f"dropout_seed is {dropout_seed.dtype} of shape {list(dropout_seed.shape)}. It must be an int or one "
+                "torch.int64: draw it by torch.randint(2**63 - 1, ())."
+            )
+    else:
+        _check_seed(dropout_seed)
+
+
+def _check_seed(dropout_seed: int) -> None:
+    if not 0 <= dropout_seed < 2**63:
+        raise ValueError(
+            f"dropout_seed={dropout_seed} is outside [0, 2**63): its 63 bits are the key of the generator. Draw it by "
+            "torch.randint(2**63 - 1, ())."
         )

@@ -7,6 +7,7 @@
 
 #include <string>
 
+#include "attention/attention_op.h"
 #include "cpu/capability.h"
 #include "optim/fused_step_op.h"
 #include "optim/newton_schulz_op.h"
@@ -14,8 +15,9 @@
 namespace lmopt {
 namespace {
 
+// Of most kernels; cpu_has_avx512_bf16 tells of the few for bfloat16 products.
 std::string cpu_capability_in_use() {
-  return cpu_capability_name(cpu_capability());
+  return cpu_capability_name(cpu_has_avx512_bf16() ? CpuCapability::avx512 : cpu_capability());
 }
 
 bool has_avx512_bf16_in_use() {
@@ -32,6 +34,18 @@ STABLE_TORCH_LIBRARY(lmopt, m) {
       "fused_step_(str rule, Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] states, Tensor(c!)[] absmax, "
       "Tensor[] codebooks, float[] coefficients, float l2, float shrink_before, float shrink_after, bool cautious) "
       "-> ()");
+  m.def(
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? sinks, "
+      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, bool is_causal, int window_left, int window_right, "
+      "float softcap, float dropout_p, Tensor? dropout_seed) -> (Tensor output, Tensor logsumexp)");
+  m.def(
+      "attention_backward(Tensor output_gradient, Tensor? logsumexp_gradient, Tensor output, Tensor logsumexp, "
+      "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? sinks, Tensor? cu_seqlens_q, "
+      "Tensor? cu_seqlens_k, float scale, bool is_causal, int window_left, int window_right, float softcap, "
+      "float dropout_p, Tensor? dropout_seed, bool needs_bias_gradient, bool needs_sinks_gradient) "
+      "-> (Tensor query_gradient, Tensor key_gradient, Tensor value_gradient, Tensor bias_gradient, "
+      "Tensor sinks_gradient)");
+  m.def("block_map(Tensor mask) -> (Tensor states, Tensor words)");
   m.def("newton_schulz(Tensor matrices, float[] coefficients, float eps) -> Tensor");
 }
 
@@ -42,6 +56,9 @@ STABLE_TORCH_LIBRARY_IMPL(lmopt, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lmopt, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&lmopt::attention_forward_cpu));
+  m.impl("attention_backward", TORCH_BOX(&lmopt::attention_backward_cpu));
+  m.impl("block_map", TORCH_BOX(&lmopt::block_map_cpu));
   m.impl("fused_step_", TORCH_BOX(&lmopt::fused_step_cpu));
   m.impl("newton_schulz", TORCH_BOX(&lmopt::newton_schulz_cpu));
 }

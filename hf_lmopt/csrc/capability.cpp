@@ -9,7 +9,8 @@
 namespace lmopt {
 namespace {
 
-constexpr CpuCapability kCapabilities[] = {CpuCapability::portable, CpuCapability::avx2, CpuCapability::avx512};
+constexpr CpuCapability kCapabilities[] = {
+    CpuCapability::portable, CpuCapability::avx2, CpuCapability::avx512, CpuCapability::avx512_bf16};
 
 CpuCapability detect() {
 #if defined(__x86_64__)
@@ -18,7 +19,9 @@ CpuCapability detect() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx2 && has_avx512) return CpuCapability::avx512;
+  if (has_avx2 && has_avx512) {
+    return __builtin_cpu_supports("avx512bf16") ? CpuCapability::avx512_bf16 : CpuCapability::avx512;
+  }
   if (has_avx2) return CpuCapability::avx2;
 #endif
   return CpuCapability::portable;
@@ -33,7 +36,7 @@ CpuCapability choose() {
   }
   STD_TORCH_CHECK(
       false, "HF_LMOPT_CPU_CAPABILITY='", wanted, "' cannot be used: this processor allows portable up to ",
-      cpu_capability_name(best), " in the order portable, avx2, avx512. Name one of these, or unset it.");
+      cpu_capability_name(best), " in the order portable, avx2, avx512, avx512_bf16. Name one of these, or unset it.");
 }
 
 }  // namespace
@@ -45,6 +48,8 @@ CpuCapability cpu_capability() {
 
 const char* cpu_capability_name(CpuCapability capability) {
   switch (capability) {
+    case CpuCapability::avx512_bf16:
+      return "avx512_bf16";
     case CpuCapability::avx512:
       return "avx512";
     case CpuCapability::avx2:
@@ -55,11 +60,7 @@ const char* cpu_capability_name(CpuCapability capability) {
 }
 
 bool cpu_has_avx512_bf16() {
-#if defined(__x86_64__)
-  return cpu_capability() == CpuCapability::avx512 && __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
+  return cpu_capability() == CpuCapability::avx512_bf16;
 }
 
 }  // namespace lmopt

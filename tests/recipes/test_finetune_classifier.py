@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForSequenceClassification
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -23,6 +23,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    XLNetConfig,
+    XLNetModel,
 )
 
 
@@ -172,6 +174,55 @@ def test_decoder_without_padding_token_is_fine_tuned(run, decoder_model):
     texts = ["good", "the music the music the bad film"]
     alone = torch.cat([logits_of(model, tokenizer, [text]) for text in texts])
     torch.testing.assert_close(logits_of(model, tokenizer, texts), alone, atol=1e-5, rtol=1e-4)
+
+
+def copy_with_sharp_attention(folder, copy):
+    """Without dropout, and with weights so large that attention is far from uniform."""
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config |= {name: 0.0 for name in config if "dropout" in name and config[name]}
+    (copy / "config.json").write_text(json.dumps(config))
+    weights = load_file(copy / "model.safetensors")
+    large = {name: 10 * weight if weight.dim() == 2 else weight for name, weight in weights.items()}
+    save_file(large, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_the_compiled_attention_has_the_losses_of_sdpa_on_padded_batches(
+    run, encoder_model, decoder_model, tmp_path, kind
+):
+    model = copy_with_sharp_attention(encoder_model if kind == "encoder" else decoder_model, tmp_path / "model")
+    losses = {}
+    for name in ("lmopt", "sdpa"):
+        # Neither sorted by length nor of one length: most rows are padded.
+        settings = ["--attn", name, "--max_steps", "3", "--logging_steps", "1", "--train_sampling_strategy", "random"]
+        settings += ["--eval_strategy", "steps", "--eval_steps", "3", "--save_strategy", "steps", "--save_steps", "3"]
+        folder, results = run(*settings, "--learning_rate", "1e-3", output_dir=tmp_path / name, model=model)
+        state = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())
+        losses[name] = [log.get("loss", log.get("eval_loss")) for log in state["log_history"]]
+        assert results["attention"]["implementation"] == name
+    assert len(losses["lmopt"]) == 4
+    assert losses["lmopt"] == pytest.approx(losses["sdpa"], abs=1e-5, rel=0)
+
+
+def test_the_choice_of_attention_is_printed_and_recorded_with_its_reason(run, encoder_model, tmp_path, capsys):
+    _, results = run(epochs="0.1")
+    assert results["attention"]["implementation"] == "lmopt"
+    assert f"Attention: lmopt, {results['attention']['reason']}\n" in capsys.readouterr().out
+
+
+def test_a_model_that_ignores_the_compiled_attention_trains_with_its_own_and_says_so(run, encoder_model, tmp_path):
+    folder = tmp_path / "xlnet"
+    torch.manual_seed(0)
+    size = {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 32}
+    XLNetModel(XLNetConfig(vocab_size=len(WORDS) + 5, pad_token_id=0, **size)).save_pretrained(folder)
+    BertTokenizer.from_pretrained(encoder_model).save_pretrained(folder)
+    _, results = run(model=folder, epochs="0.1")
+    assert results["attention"]["implementation"] == "eager"
+    assert "XLNetForSequenceClassification do not ask" in results["attention"]["reason"]
+    with pytest.raises(ValueError, match="attn='lmopt' was asked for, but the attention layers of XLNet"):
+        run("--attn", "lmopt", model=folder, output_dir=tmp_path / "refused")
 
 
 def test_regression_learns_the_score(run, capsys):

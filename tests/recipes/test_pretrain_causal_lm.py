@@ -137,6 +137,44 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(run, tmp_pa
     assert read_results(resumed)["validation_before"] == read_results(whole)["validation_before"]
 
 
+def losses_of(folder, step):
+    state = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    return [value for log in state["log_history"] for name, value in log.items() if name in ("loss", "eval_loss")]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--config_overrides", "num_key_value_heads=1,initializer_range=0.3"],  # so that attention is not uniform
+        [
+            *("--model_type", "gpt2", "--gradient_checkpointing", "--gradient_accumulation_steps", "2"),
+            *("--config_overrides", "attn_pdrop=0.0,embd_pdrop=0.0,resid_pdrop=0.0,initializer_range=0.3"),
+        ],
+    ],
+    ids=["llama", "gpt2"],
+)
+def test_the_compiled_attention_has_the_losses_of_sdpa_on_packed_documents(run, tmp_path, options):
+    losses = {}
+    for name in ("lmopt", "sdpa"):
+        settings = ["--attn", name, "--max_steps", "4", "--logging_steps", "1", "--optimizer", "adamw"]
+        folder = run(*settings, *options, output_dir=tmp_path / name)
+        losses[name] = losses_of(folder, 4)
+        assert read_results(folder)["attention"]["implementation"] == name
+    assert len(losses["lmopt"]) == 5
+    assert losses["lmopt"] == pytest.approx(losses["sdpa"], abs=1e-5, rel=0)
+
+
+def test_the_choice_of_attention_is_printed_and_recorded_with_its_reason(run, capsys):
+    attention = read_results(run("--max_steps", "1"))["attention"]
+    assert attention["implementation"] == "lmopt"
+    assert f"Attention: lmopt, {attention['reason']}\n" in capsys.readouterr().out
+
+
+def test_a_model_that_ignores_the_compiled_attention_is_refused_with_the_reason(run):
+    with pytest.raises(ValueError, match=r"attn='lmopt' was asked for, but the attention layers of GPTJ.* do not ask"):
+        run("--attn", "lmopt", "--model_type", "gptj", "--config_overrides", "rotary_dim=4")
+
+
 def test_a_folder_with_another_run_is_refused_before_any_work(run, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.json").write_text("{}")

@@ -31,7 +31,7 @@
 
 namespace lmopt {
 
-enum class CpuCapability { portable, avx2, avx512 };
+enum class CpuCapability { portable, avx2, avx512, avx512_bf16 };
 
 // The best instruction set that the processor has, or the lower one that HF_LMOPT_CPU_CAPABILITY names; throws if that
 // variable names none or one that is missing. Decided once per process.
@@ -39,12 +39,13 @@ CpuCapability cpu_capability();
 
 const char* cpu_capability_name(CpuCapability capability);
 
-// Whether kernels of files named *_avx512_bf16.cpp may run: bfloat16 products, and avx512 not lowered.
+// Whether kernels of files named *_avx512_bf16.cpp may run, which have bfloat16 products; all others are avx512's then.
 bool cpu_has_avx512_bf16();
 
 template <class Kernel>
 Kernel* choose_by_capability(Kernel* portable, Kernel* avx2, Kernel* avx512) {
   switch (cpu_capability()) {
+    case CpuCapability::avx512_bf16:
     case CpuCapability::avx512:
       return avx512;
     case CpuCapability::avx2:

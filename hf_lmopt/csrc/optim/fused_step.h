@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/capability.h"
+#include "element_type.h"
 
 namespace lmopt {
 
@@ -15,8 +16,6 @@ constexpr int kBlock = 1024;
 // Elements that share one maximum in an 8-bit state, as in bitsandbytes.
 constexpr int kQuantizedBlock = 256;
 static_assert(kBlock % kQuantizedBlock == 0, "a maximum belongs to one block");
-
-enum class ElementType { float32, bfloat16, float16 };
 
 struct Codebook;
 

@@ -1,0 +1,326 @@
+// Attention over tensors, as hf_lmopt/attention/reference.py defines it:
+//
+//   attention_forward   output [B, Hq, Lq, D], in memory as [B, Lq, Hq, D], and logsumexp [B, Hq, Lq], float32
+//   attention_backward  the gradients of query, key, value (each in memory as [B, L, H, D]), bias and sinks; for each
+//                       of the last two an empty tensor where none is asked for
+//   block_map           states, uint8 [Bm, Hm, Lq / 64, Lk / 64] (rounded up), and words, int64 [..., 64], of a mask;
+//                       see hf_lmopt/attention/block_mask.py
+//
+// window -1 is no limit, softcap 0 none; dropout_seed is one int64. This file allocates the results, answers calls
+// over empty tensors, and hands plain pointers to the kernel for this processor. Tensors whose last dimension is dense
+// are taken as they lie.
+#include "attention/attention_op.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <limits>
+#include <new>
+#include <numeric>
+
+#include "attention/attention_arguments.h"
+
+namespace lmopt {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+float* float_data(const Tensor& tensor) { return static_cast<float*>(const_cast<void*>(tensor.const_data_ptr())); }
+
+// Owns all that an AttentionCall points to, but the results.
+class PreparedCall {
+ public:
+  // Of arguments that are checked and not empty.
+  explicit PreparedCall(AttentionArguments arguments) : arguments_(std::move(arguments)) {
+    AttentionArguments& a = arguments_;
+    a.query = make_rows_dense(a.query);
+    a.key = make_rows_dense(a.key);
+    a.value = make_rows_dense(a.value);
+    call_.type = element_type_of(a.query);
+    call_.batch_size = a.batch_size();
+    call_.num_heads = a.num_heads();
+    call_.num_key_heads = a.num_key_heads();
+    call_.num_queries = a.num_queries();
+    call_.num_keys = a.num_keys();
+    call_.head_size = a.head_size();
+    call_.query = describe(a.query);
+    call_.key = describe(a.key);
+    call_.value = describe(a.value);
+    if (a.bias) {
+      a.bias = make_rows_dense(*a.bias);
+      call_.bias = describe_bias(*a.bias);
+    }
+    if (a.sinks) {
+      a.sinks = torch::stable::contiguous(torch::stable::to(*a.sinks, ScalarType::Float));
+      call_.sinks = float_data(*a.sinks);
+    }
+    call_.scale = a.scale;
+    call_.softcap = a.softcap;
+    call_.dropout_p = a.dropout_p;
+    if (a.dropout_p > 0) call_.dropout_seed = *static_cast<const uint64_t*>(a.dropout_seed->const_data_ptr());
+    call_.num_threads = torch::stable::get_num_threads();
+    prepare_visibility();
+  }
+
+  AttentionCall with_results(const Tensor& output, const Tensor& logsumexp) const {
+    AttentionCall call = call_;
+    call.output = describe(output);
+    call.logsumexp = float_data(logsumexp);
+    return call;
+  }
+
+ private:
+  void prepare_visibility() {
+    AttentionArguments& a = arguments_;
+    VisibilityOptions options{};
+    options.num_queries = a.num_queries();
+    options.num_keys = a.num_keys();
+    options.num_heads = a.num_heads();
+    options.num_key_heads = a.num_key_heads();
+    options.is_causal = a.is_causal;
+    options.window_left = a.window_left;
+    options.window_right = a.window_right;
+    if (a.cu_seqlens_q) {
+      a.cu_seqlens_q = torch::stable::contiguous(*a.cu_seqlens_q);
+      a.cu_seqlens_k = torch::stable::contiguous(*a.cu_seqlens_k);
+      options.query_boundaries = static_cast<const int32_t*>(a.cu_seqlens_q->const_data_ptr());
+      options.key_boundaries = static_cast<const int32_t*>(a.cu_seqlens_k->const_data_ptr());
+      options.num_documents = a.cu_seqlens_q->numel() - 1;
+    }
+    options.mask = {nullptr, 1, 1, 0, 0, 0};
+    if (a.mask) {
+      a.mask = make_rows_dense(*a.mask);
+      options.mask = describe_mask(*a.mask);
+    }
+    try {
+      visibility_.emplace(options);
+    } catch (const std::bad_alloc&) {
+      STD_TORCH_CHECK(
+          false, "No memory for the map of blocks of a mask of shape ", a.mask ? sizes_of(*a.mask) : "[]",
+          ", which takes an eighth of the mask's. Free some, or say it by is_causal, window or cu_seqlens.");
+    }
+    call_.visibility = &visibility_->view();
+  }
+
+  AttentionArguments arguments_;
+  std::optional<VisibilityStorage> visibility_;
+  AttentionCall call_{};
+};
+
+// Uninitialized, on the CPU; without the dispatcher, which takes longer than a short attention.
+Tensor new_tensor(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType type) {
+  AtenTensorHandle handle;
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code, aoti_torch_device_type_cpu(), 0,
+      &handle));
+  return Tensor(handle);
+}
+
+// [B, H, L, D] that lies in memory as [B, L, H, D].
+Tensor new_projection(const Tensor& like) {
+  const int64_t num_heads = like.size(1), length = like.size(2), head_size = like.size(3);
+  const int64_t row = num_heads * head_size;
+  return new_tensor(
+      {like.size(0), num_heads, length, head_size}, {std::max<int64_t>(length, 1) * row, head_size, row, 1},
+      like.scalar_type());
+}
+
+Tensor new_logsumexp(const Tensor& query) {
+  const int64_t num_heads = query.size(1), num_queries = query.size(2), row = std::max<int64_t>(num_queries, 1);
+  return new_tensor({query.size(0), num_heads, num_queries}, {num_heads * row, row, 1}, ScalarType::Float);
+}
+
+Tensor make_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+bool uses_avx512_bf16(const AttentionCall& call) {
+  return call.type == ElementType::bfloat16 && cpu_has_avx512_bf16();
+}
+
+bool run_forward(const AttentionCall& call) {
+#if defined(__x86_64__)
+  if (uses_avx512_bf16(call)) return avx512_bf16::attention_forward(call);
+#endif
+  return LMOPT_CHOOSE_CPU_KERNEL(attention_forward)(call);
+}
+
+bool run_backward(const AttentionCall& call, const AttentionGradients& gradients) {
+#if defined(__x86_64__)
+  if (uses_avx512_bf16(call)) return avx512_bf16::attention_backward(call, gradients);
+#endif
+  return LMOPT_CHOOSE_CPU_KERNEL(attention_backward)(call, gradients);
+}
+
+// Kernels copy what they read again and again into float32, and sum up gradients in it.
+void check_memory(bool has_memory, int64_t num_copies, const AttentionArguments& arguments) {
+  const int64_t floats = arguments.head_size() * (arguments.num_queries() + 2 * arguments.num_keys());
+  const int64_t num_threads = torch::stable::get_num_threads();
+  STD_TORCH_CHECK(
+      has_memory, "No memory for the workspace of attention with query ", sizes_of(arguments.query), " and key ",
+      sizes_of(arguments.key), ". ", num_threads, " threads need about ",
+      (num_copies * num_threads * floats * 4 >> 20) + 1,
+      " MiB. Free some, or use fewer threads by torch.set_num_threads.");
+}
+
+void check_backward_arguments(
+    const AttentionArguments& arguments, const Tensor& output_gradient, const MaybeTensor& logsumexp_gradient,
+    const Tensor& output, const Tensor& logsumexp) {
+  const std::vector<int64_t> row_sizes = {arguments.batch_size(), arguments.num_heads(), arguments.num_queries()};
+  std::vector<int64_t> sizes = row_sizes;
+  sizes.push_back(arguments.head_size());
+  check_tensor("output_gradient", output_gradient, arguments.query.scalar_type(), sizes);
+  check_tensor("output", output, arguments.query.scalar_type(), sizes);
+  check_tensor("logsumexp", logsumexp, ScalarType::Float, row_sizes);
+  if (logsumexp_gradient) check_tensor("logsumexp_gradient", *logsumexp_gradient, ScalarType::Float, row_sizes);
+}
+
+// float32 for a gradient that is summed up, or an empty tensor.
+Tensor new_sum(const MaybeTensor& of, bool is_needed, const Tensor& like) {
+  if (!of || !is_needed) return new_tensor({0}, {1}, of ? of->scalar_type() : like.scalar_type());
+  return torch::stable::new_empty(*of, of->sizes(), ScalarType::Float);
+}
+
+void sum_over_queries(const Tensor& logsumexp_gradient, Tensor& sinks_gradient) {
+  const float* row = float_data(logsumexp_gradient);
+  const int64_t num_heads = sinks_gradient.numel(), num_queries = logsumexp_gradient.size(2);
+  float* sum = float_data(sinks_gradient);
+  for (int64_t i = 0; i < logsumexp_gradient.size(0) * num_heads; ++i) {
+    sum[i % num_heads] = std::accumulate(row + i * num_queries, row + (i + 1) * num_queries, sum[i % num_heads]);
+  }
+}
+
+// Without keys, what is seen is the sink.
+void fill_empty_logsumexp(Tensor& logsumexp, const MaybeTensor& sinks) {
+  torch::stable::fill_(logsumexp, -std::numeric_limits<double>::infinity());
+  if (!sinks) return;
+  const Tensor dense = torch::stable::contiguous(torch::stable::to(*sinks, ScalarType::Float));
+  const float* sink = float_data(dense);
+  float* row = float_data(logsumexp);
+  const int64_t num_heads = logsumexp.size(1), num_queries = logsumexp.size(2);
+  for (int64_t i = 0; i < logsumexp.size(0) * num_heads; ++i) {
+    std::fill_n(row + i * num_queries, num_queries, sink[i % num_heads]);
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention_forward_cpu(
+    const Tensor& query,
+    const Tensor& key,
+    const Tensor& value,
+    const MaybeTensor& mask,
+    const MaybeTensor& bias,
+    const MaybeTensor& sinks,
+    const MaybeTensor& cu_seqlens_q,
+    const MaybeTensor& cu_seqlens_k,
+    double scale,
+    bool is_causal,
+    int64_t window_left,
+    int64_t window_right,
+    double softcap,
+    double dropout_p,
+    const MaybeTensor& dropout_seed) {
+  const AttentionArguments arguments{
+      query, key, value, mask, bias, sinks, cu_seqlens_q, cu_seqlens_k, static_cast<float>(scale), is_causal,
+      window_left, window_right, static_cast<float>(softcap), dropout_p, dropout_seed};
+  check_arguments(arguments);
+  Tensor output = new_projection(query);
+  Tensor logsumexp = new_logsumexp(query);
+  if (arguments.is_empty()) {
+    torch::stable::zero_(output);
+    fill_empty_logsumexp(logsumexp, sinks);
+  } else {
+    const PreparedCall prepared(arguments);
+    check_memory(run_forward(prepared.with_results(output, logsumexp)), 1, arguments);
+  }
+  return {output, logsumexp};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
+    const Tensor& output_gradient,
+    const MaybeTensor& logsumexp_gradient,
+    const Tensor& output,
+    const Tensor& logsumexp,
+    const Tensor& query,
+    const Tensor& key,
+    const Tensor& value,
+    const MaybeTensor& mask,
+    const MaybeTensor& bias,
+    const MaybeTensor& sinks,
+    const MaybeTensor& cu_seqlens_q,
+    const MaybeTensor& cu_seqlens_k,
+    double scale,
+    bool is_causal,
+    int64_t window_left,
+    int64_t window_right,
+    double softcap,
+    double dropout_p,
+    const MaybeTensor& dropout_seed,
+    bool needs_bias_gradient,
+    bool needs_sinks_gradient) {
+  const AttentionArguments arguments{
+      query, key, value, mask, bias, sinks, cu_seqlens_q, cu_seqlens_k, static_cast<float>(scale), is_causal,
+      window_left, window_right, static_cast<float>(softcap), dropout_p, dropout_seed};
+  check_arguments(arguments);
+  check_backward_arguments(arguments, output_gradient, logsumexp_gradient, output, logsumexp);
+  Tensor query_gradient = new_projection(query), key_gradient = new_projection(key);
+  Tensor value_gradient = new_projection(value);
+  Tensor bias_gradient = new_sum(bias, needs_bias_gradient, query);
+  Tensor sinks_gradient = new_sum(sinks, needs_sinks_gradient, query);
+  const Tensor output_rows = make_rows_dense(output), output_gradient_rows = make_rows_dense(output_gradient);
+  const Tensor dense_logsumexp = make_contiguous(logsumexp);
+  MaybeTensor dense_logsumexp_gradient;
+  if (logsumexp_gradient) dense_logsumexp_gradient = make_contiguous(*logsumexp_gradient);
+  if (arguments.is_empty()) {
+    for (Tensor* gradient : {&query_gradient, &key_gradient, &value_gradient, &bias_gradient, &sinks_gradient}) {
+      torch::stable::zero_(*gradient);
+    }
+    if (dense_logsumexp_gradient) sum_over_queries(*dense_logsumexp_gradient, sinks_gradient);
+  } else {
+    const PreparedCall prepared(arguments);
+    AttentionGradients gradients{};
+    gradients.output_gradient = describe(output_gradient_rows);
+    if (dense_logsumexp_gradient) gradients.logsumexp_gradient = float_data(*dense_logsumexp_gradient);
+    gradients.query = describe(query_gradient);
+    gradients.key = describe(key_gradient);
+    gradients.value = describe(value_gradient);
+    if (bias_gradient.numel() > 0) {
+      gradients.bias = float_data(bias_gradient);
+      gradients.bias_batch_size = bias->size(0);
+      gradients.bias_num_heads = bias->size(1);
+      gradients.bias_num_queries = bias->size(2);
+    }
+    if (sinks_gradient.numel() > 0) gradients.sinks = float_data(sinks_gradient);
+    const bool has_memory = run_backward(prepared.with_results(output_rows, dense_logsumexp), gradients);
+    check_memory(has_memory, 3, arguments);
+  }
+  if (bias) bias_gradient = torch::stable::to(bias_gradient, bias->scalar_type());
+  if (sinks) sinks_gradient = torch::stable::to(sinks_gradient, sinks->scalar_type());
+  return {query_gradient, key_gradient, value_gradient, bias_gradient, sinks_gradient};
+}
+
+std::tuple<Tensor, Tensor> block_map_cpu(const Tensor& mask) {
+  STD_TORCH_CHECK(
+      mask.dim() == 4, "mask has shape ", sizes_of(mask),
+      ". It must have four dimensions, [batch, heads, queries, keys]: unsqueeze it.");
+  check_mask(mask, {mask.size(0), mask.size(1), mask.size(2), mask.size(3)});
+  const Tensor dense = make_rows_dense(mask);
+  AttentionMask view = describe_mask(dense);
+  view.batch_size = mask.size(0);  // each entry of an expanded mask is written out
+  view.num_heads = mask.size(1);
+  const int64_t query_blocks = num_attention_blocks(mask.size(2)), key_blocks = num_attention_blocks(mask.size(3));
+  Tensor states = torch::stable::new_empty(
+      mask, {mask.size(0), mask.size(1), query_blocks, key_blocks}, ScalarType::Byte);
+  Tensor words = torch::stable::new_empty(
+      mask, {mask.size(0), mask.size(1), query_blocks, key_blocks, kAttentionBlock}, ScalarType::Long);
+  map_blocks(
+      view, mask.size(2), mask.size(3), static_cast<BlockState*>(states.mutable_data_ptr()),
+      static_cast<uint64_t*>(words.mutable_data_ptr()));
+  return {states, words};
+}
+
+}  // namespace lmopt

@@ -1,0 +1,11 @@
+#include "cpu/attention/backward_tasks.h"
+
+namespace lmopt {
+namespace LMOPT_INSTRUCTION_SET {
+
+bool attention_backward(const AttentionCall& call, const AttentionGradients& gradients) {
+  return BackwardTasks(call, gradients).run<Bfloat16Products>();
+}
+
+}  // namespace LMOPT_INSTRUCTION_SET
+}  // namespace lmopt
