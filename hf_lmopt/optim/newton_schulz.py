@@ -194,7 +194,7 @@ def _why_no_operator() -> str | None:
     except ExtensionUnavailable as error:
         return str(error)
     if not torch.ops.lmopt.cpu_has_avx512_bf16():
-        return "the compiled route needs a processor with AVX512_BF16, and HF_LMOPT_CPU_CAPABILITY not below avx512"
+        return "the compiled route needs a processor with AVX512_BF16, and HF_LMOPT_CPU_CAPABILITY not below it"
     _register_fake()
     return None
 

@@ -69,13 +69,16 @@ def run(model: PreTrainedModel, implementation: str, dtype: torch.dtype, calls: 
 
 
 def measure_errors(results: Results, exact: Results) -> tuple[float, float]:
-    """Relative errors of the output and of the gradient, all parameters counting alike, but for those close to 0."""
+    """
+    Relative errors of the output and of the gradient, all parameters counting alike, but for those close to 0: the
+    gradient of a key's bias cancels to 0, so its error has no size of its own.
+    """
     assert results.keys() == exact.keys()
     output = (results["output"] - exact["output"]).norm() / exact["output"].norm()
     names = [name for name in exact if name != "output"]
     norms = torch.stack([exact[name].norm() for name in names])
     errors = torch.stack([(results[name] - exact[name]).norm() for name in names])
-    return float(output), float((errors / norms.clamp(min=0.01 * norms.square().mean().sqrt())).square().mean().sqrt())
+    return float(output), float((errors / norms.clamp(min=0.1 * norms.square().mean().sqrt())).square().mean().sqrt())
 
 
 def check_within_twice_eagers_error(ours: Results, eagers: Results, exact: Results) -> None:
