@@ -41,6 +41,7 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 
 from attention_cases import BENCHMARK_CASES, CASES, DIFFERENTIABLE, Arguments, build_inputs, convert_inputs  # noqa: E402
 from attention_closeness import check_within_twice_the_error, run_attention  # noqa: E402
+from recomputing_attention import recomputing_attention  # noqa: E402
 
 from hf_lmopt.attention import attention, attention_reference, build_visibility  # noqa: E402
 from hf_lmopt.build_extension import find_compiler, load_extension  # noqa: E402
@@ -148,7 +149,10 @@ def check_closeness(arguments: Arguments, dtype: torch.dtype) -> None:
     if "sinks" in few:
         few["sinks"] = arguments["sinks"][:group]
     exact = run_attention(attention_reference, convert_inputs(few, torch.float64))
-    check_within_twice_the_error(run_attention(attention, few), run_attention(attention_reference, few), exact)
+    ours, plain, recomputed = (
+        run_attention(way, few) for way in (attention, attention_reference, recomputing_attention)
+    )
+    check_within_twice_the_error(ours, plain, exact, recomputed)
 
 
 def shrink(name: str, value: Any) -> Any:

@@ -77,6 +77,7 @@ CASES: dict[str, AttentionCase] = {
     "head_size_128": Case("Llama's", (2, 2, 2, 70, 70, 128)),
     "head_size_256": Case("the largest, Gemma's", (2, 2, 2, 70, 70, 256)),
     "overflowing": Case("exp overflows unless the maximum is taken off", (2, 2, 2, 70, 70, 64), query_magnitude=1e3),
+    "late_maximum": Case("weights grow by more than 2^8 late", (1, 2, 2, 70, 600, 64), query_magnitude=20.0),
     # Causal
     "causal": Case("blocks on the diagonal", (2, 2, 2, 128, 128, 64), is_causal=True),
     "causal_with_cache": Case("the diagonal off the blocks' corners", (2, 2, 2, 70, 203, 64), is_causal=True),

@@ -6,6 +6,7 @@
 // Sums are kept in float32: dK and dV of the whole range, [key][head size], and dQ of a head, [head size][query].
 #pragma once
 
+#include "cpu/attention/key_sums.h"
 #include "cpu/attention/score_gradients.h"
 #include "cpu/attention/tasks.h"
 
@@ -19,11 +20,11 @@ struct BackwardProblem {
   const AttentionGradients& gradients;
   const float* delta;  // [B, Hq, Lq]
   int64_t num_parts;   // of the keys
-  // [B, Hq, parts, query blocks, head size rounded up to 16, 64], or null for one part.
+  // [B, Hq, parts, query blocks, head size rounded up to 32, 64], or null for one part.
   float* query_gradient_parts;
 
   int64_t query_blocks() const { return num_attention_blocks(call.num_queries); }
-  int64_t query_gradient_floats() const { return round_up(call.head_size, kPanel) * kAttentionBlock; }
+  int64_t query_gradient_floats() const { return padded_head_rows(call.head_size) * kAttentionBlock; }
 
   QueryBlock query_block(int64_t batch, int64_t head, int64_t index) const {
     const int64_t first = index * kAttentionBlock, left = call.num_queries - first;
@@ -32,11 +33,12 @@ struct BackwardProblem {
 };
 
 // Writes dQ of a block from its sum.
+template <class Products>
 inline void store_query_gradient(
     const BackwardProblem& problem, const QueryBlock& block, const float* sum, float* staging) {
   float factors[kAttentionBlock];
   for (float& factor : factors) factor = problem.call.scale;
-  store_transposed(
+  store_transposed<Products>(
       sum, factors, problem.call.type, problem.call.head_size, block.num_queries,
       [&](int row) {
         return writable_row(
@@ -127,7 +129,7 @@ class Backward {
     }
     if (problem_.query_gradient_parts != nullptr) return;
     for (int64_t i = 0; i < query_blocks; ++i) {
-      store_query_gradient(
+      store_query_gradient<Products>(
           problem_, problem_.query_block(batch, head, i), query_gradient_ + i * block_floats, staging_);
     }
   }
@@ -211,11 +213,11 @@ class Backward {
       const float* factors, const float* rows, int64_t steps, int num_keys, float* target) const {
     for_each_tile_of_rows<kTileRows<panels>>(num_keys, [&](auto tile, int64_t first) {
       Vector sum[decltype(tile)::kValue][panels * kVectorsPerPanel];
-      load_tile(target + first * padded_head_, padded_head_, sum);
+      set_zero(sum);
       multiply<Products>(
           reinterpret_cast<const char*>(factors + first * kRowWords), kRowWords * 4, 4, rows, padded_head_, steps,
           sum);
-      store_tile(target + first * padded_head_, padded_head_, sum);
+      add_tile(target + first * padded_head_, padded_head_, sum);
     });
   }
 

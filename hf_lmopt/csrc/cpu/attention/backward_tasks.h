@@ -29,7 +29,7 @@ class BackwardTasks {
     if (gradients_.sinks != nullptr) compute_sinks(problem.delta);
     const int64_t num_tasks = call_.batch_size * call_.num_key_heads * problem.num_parts;
     if (!run_all<Backward<Products>>(problem, num_tasks)) return false;
-    if (problem.num_parts > 1 && !add_parts(problem)) return false;
+    if (problem.num_parts > 1 && !add_parts<Products>(problem)) return false;
     return gradients_.bias == nullptr ||
         run_all<BiasGradient<Products>>(problem, BiasGradient<Products>::num_tasks(problem));
   }
@@ -96,6 +96,7 @@ class BackwardTasks {
     }
   }
 
+  template <class Products>
   struct PartAdder {
     const BackwardProblem& problem;
     Workspace workspace;
@@ -116,12 +117,13 @@ class BackwardTasks {
       }
       const QueryBlock block =
           problem.query_block(entry / problem.call.num_heads, entry % problem.call.num_heads, index);
-      store_query_gradient(problem, block, sum, workspace.at(place));
+      store_query_gradient<Products>(problem, block, sum, workspace.at(place));
     }
   };
 
+  template <class Products>
   bool add_parts(const BackwardProblem& problem) const {
-    return run_all<PartAdder>(problem, call_.batch_size * call_.num_heads * problem.query_blocks());
+    return run_all<PartAdder<Products>>(problem, call_.batch_size * call_.num_heads * problem.query_blocks());
   }
 
   const AttentionCall& call_;

@@ -8,20 +8,11 @@
 // keys is added up by blocks, which keeps float32 as exact as torch's.
 #pragma once
 
-#include "cpu/attention/dropout.h"
-#include "cpu/attention/scores.h"
+#include "cpu/attention/key_sums.h"
+#include "cpu/attention/step_weights.h"
 
 namespace lmopt {
 namespace LMOPT_INSTRUCTION_SET {
-
-constexpr int kStepBlocks = 4;
-
-// Of one row: the maximum in units of the scores, the sum of powers, and the output before division.
-struct RunningRows {
-  float* row_max;  // [64]
-  float* row_sum;  // [64]
-  float* output;   // [head size, rounded up to 16][64]
-};
 
 template <class Products>
 class Forward {
@@ -30,33 +21,29 @@ class Forward {
       : call_(call),
         keys_(call, call.key, false),
         values_(call, call.value, true),
-        scores_(call),
+        weights_(call),
         value_sums_(call.head_size),
-        dropout_(call),
         finder_(*call.visibility) {
     const int64_t words = round_up(words_per_row<Products>(call.head_size), kPanel);
-    const int64_t padded_head = round_up(call.head_size, kPanel);
+    const int64_t padded_head = padded_head_rows(call.head_size);
     keys_.plan(workspace_);
     values_.plan(workspace_);
-    scores_.plan(workspace_);
+    weights_.plan(workspace_);
     query_place_ = workspace_.plan(words * kAttentionBlock);
-    weights_place_ = workspace_.plan(kStepBlocks * kBlockFloats);
     output_place_ = workspace_.plan(padded_head * kAttentionBlock);
     staging_place_ = workspace_.plan(padded_head * kAttentionBlock);
-    rows_place_ = workspace_.plan(4 * kAttentionBlock);
+    rows_place_ = workspace_.plan(3 * kAttentionBlock);
   }
 
   bool allocate() {
     if (!workspace_.allocate()) return false;
     keys_.take(workspace_);
     values_.take(workspace_);
-    scores_.take(workspace_);
+    weights_.take(workspace_);
     query_ = workspace_.at(query_place_);
-    weights_ = workspace_.at(weights_place_);
     staging_ = workspace_.at(staging_place_);
     rows_ = {workspace_.at(rows_place_), workspace_.at(rows_place_) + kAttentionBlock, workspace_.at(output_place_)};
-    step_max_ = rows_.row_sum + kAttentionBlock;
-    factors_ = step_max_ + kAttentionBlock;
+    factors_ = rows_.row_sum + kAttentionBlock;
     return true;
   }
 
@@ -90,7 +77,7 @@ class Forward {
       const double logsumexp = static_cast<double>(row_max[row]) * unit + log_sum[row];
       call_.logsumexp[head_row * call_.num_queries + block_.query_of(row)] = static_cast<float>(logsumexp);
     }
-    store_transposed(
+    store_transposed<Products>(
         rows.output, factors_, call_.type, call_.head_size, count,
         [&](int row) {
           return writable_row(call_.output, call_.type, block_.batch, block_.head_of(row), block_.query_of(row));
@@ -102,11 +89,6 @@ class Forward {
   void set_block(const QueryBlock& block) { block_ = block; }
 
  private:
-  struct StepBlock {
-    int64_t key_block;
-    SeenKeys seen;
-  };
-
   void start(const QueryBlock& block) {
     set_block(block);
     const int64_t key_head = block.first_head / (call_.num_heads / call_.num_key_heads);
@@ -120,32 +102,21 @@ class Forward {
         },
         staging_, query_);
     for (int row = 0; row < kAttentionBlock; ++row) rows_.row_max[row] = -kInfinity, rows_.row_sum[row] = 0;
-    std::memset(rows_.output, 0, round_up(call_.head_size, kPanel) * kAttentionBlock * sizeof(float));
+    std::memset(rows_.output, 0, padded_head_rows(call_.head_size) * kAttentionBlock * sizeof(float));
   }
 
   int num_keys(int64_t key_block) const { return call_.visibility->keys_in_block(key_block); }
 
   void step(int count) {
-    for (int row = 0; row < kAttentionBlock; ++row) step_max_[row] = -kInfinity;
-    for (int i = 0; i < count; ++i) {
-      const int64_t key_block = step_[i].key_block;
-      scores_.compute(
-          query_, keys_.block(key_block), num_keys(key_block), block_, key_block, step_[i].seen,
-          weights_ + i * kBlockFloats, step_max_);
-    }
-    grow_maximum();
-    // In place: pairs take half the room, so they overwrite scores that have been read.
-    constexpr int64_t kWeightFloats = kBlockFloats / Products::kPerWord;
-    for (int i = 0; i < count; ++i) {
-      take_powers(step_[i], weights_ + i * kBlockFloats, weights_ + i * kWeightFloats);
-    }
+    constexpr int64_t kWeightFloats = StepWeights<Products>::kWeightFloats;
+    const float* weights = weights_.compute(block_, query_, keys_, step_, count, rows_);
     for (int i = 0, end; i < count; i = end) {
       const WordRows values = values_.block(step_[i].key_block);
       int64_t keys = num_keys(step_[i].key_block);
       for (end = i + 1; end < count && continues(step_[end - 1], step_[end]); ++end) {
         keys += num_keys(step_[end].key_block);
       }
-      value_sums_.add(step_[i].seen, keys, block_.num_panels(), values, weights_ + i * kWeightFloats, rows_.output);
+      value_sums_.add(step_[i].seen, keys, block_.num_panels(), values, weights + i * kWeightFloats, rows_.output);
     }
   }
 
@@ -156,83 +127,6 @@ class Forward {
     const WordRows rows = values_.block(block.key_block), next_rows = values_.block(next.key_block);
     const int64_t bytes = kAttentionBlock / Products::kPerWord * rows.row_bytes;
     return rows.row_bytes == next_rows.row_bytes && rows.data + bytes == next_rows.data;
-  }
-
-  void grow_maximum() {
-    bool has_grown = false;
-    for (int row = 0; row < block_.num_panels() * kPanel; row += kLanes) {
-      const Vector old = load(rows_.row_max + row);
-      const Vector grown = maximum(load(step_max_ + row), old);
-      const Vector factor = grown > old ? exp2((old - grown) * exponent_scale(call_)) : broadcast(1.0f);
-      store(rows_.row_max + row, grown);
-      store(rows_.row_sum + row, load(rows_.row_sum + row) * factor);
-      store(factors_ + row, factor);
-      for (int i = 0; i < kLanes; ++i) has_grown |= factor[i] != 1.0f && old[i] != -kInfinity;
-    }
-    if (has_grown) shrink_output();
-  }
-
-  __attribute__((noinline)) void shrink_output() {
-    for (int row = 0; row < block_.num_panels() * kPanel; row += kLanes) {
-      const Vector factor = load(factors_ + row);
-      for (int64_t d = 0; d < call_.head_size; ++d) {
-        float* output = rows_.output + d * kAttentionBlock + row;
-        store(output, load(output) * factor);
-      }
-    }
-  }
-
-  // Scores to weights: float32, or bfloat16 in pairs of keys.
-  void take_powers(const StepBlock& step, const float* scores, float* weights) {
-    const int count = num_keys(step.key_block);
-    uint64_t kept[kAttentionBlock];
-    const bool has_dropout = call_.dropout_p > 0;
-    if (has_dropout) dropout_.find_kept(block_, step.key_block, kept);
-    for (int group = 0; group * kGroup < count; ++group) {
-      const bool is_full = step.seen.state == BlockState::full;
-      const int first = group * kGroup, keys = count - first < kGroup ? count - first : kGroup;
-      const int first_panel = step.seen.first_panel[is_full ? 0 : group];
-      const int end_panel = step.seen.end_panel[is_full ? 0 : group];
-      for (int panel = 0; panel < block_.num_panels(); ++panel) {
-        for (int v = 0; v < kVectorsPerPanel; ++v) {
-          const int lane = panel * kPanel + v * kLanes;
-          if (panel < first_panel || panel >= end_panel) {
-            for (int row = first / Products::kPerWord; row * Products::kPerWord < first + keys; ++row) {
-              store(weights + row * kAttentionBlock + lane, Vector{});
-            }
-          } else if (has_dropout) {
-            take_powers_of_group<true>(scores + lane, weights + lane, first, keys, lane, kept);
-          } else {
-            take_powers_of_group<false>(scores + lane, weights + lane, first, keys, lane, kept);
-          }
-        }
-      }
-    }
-  }
-
-  template <bool has_dropout>
-  LMOPT_INLINE void take_powers_of_group(
-      const float* scores, float* weights, int first, int count, int lane, const uint64_t* kept) {
-    Vector row_max = load(rows_.row_max + lane);
-    row_max = maximum(row_max, broadcast(-1e30f));  // rows without a key yet: -inf - -inf
-    const Vector scale = broadcast(exponent_scale(call_));
-    Vector sum{};
-    const auto weight = [&](int key) {
-      const Vector exponent = (load(scores + key * kAttentionBlock) - row_max) * scale;
-      const Vector power = exp2<Products::kIsBfloat16>(exponent);
-      sum += power;
-      if constexpr (!has_dropout) return power;
-      return select_by_bits(static_cast<uint32_t>(kept[key] >> lane), power, Vector{});
-    };
-    if constexpr (Products::kIsBfloat16) {
-      for (int key = first; key < first + count; key += 2) {
-        const Vector even = weight(key), odd = key + 1 < first + count ? weight(key + 1) : Vector{};
-        store(weights + key / 2 * kAttentionBlock, Products::pair(even, odd));
-      }
-    } else {
-      for (int key = first; key < first + count; ++key) store(weights + key * kAttentionBlock, weight(key));
-    }
-    store(rows_.row_sum + lane, load(rows_.row_sum + lane) + sum);
   }
 
   // factors_ becomes what the output is multiplied by: 1 / (sum (1 - p)), 0 where nothing is seen.
@@ -259,14 +153,13 @@ class Forward {
   const AttentionCall& call_;
   Workspace workspace_;
   KeyBlocks<Products> keys_, values_;
-  Scores<Products> scores_;
+  StepWeights<Products> weights_;
   KeySums<Products> value_sums_;
-  Dropout dropout_;
   KeyFinder finder_;
   QueryBlock block_{};
   StepBlock step_[kStepBlocks];
-  int64_t query_place_, weights_place_, output_place_, staging_place_, rows_place_;
-  float *query_ = nullptr, *weights_ = nullptr, *staging_ = nullptr, *step_max_ = nullptr, *factors_ = nullptr;
+  int64_t query_place_, output_place_, staging_place_, rows_place_;
+  float *query_ = nullptr, *staging_ = nullptr, *factors_ = nullptr;
   RunningRows rows_{};
 };
 

@@ -34,7 +34,7 @@ class ForwardTasks {
         worker.finish(worker.rows());
       });
     }
-    const int64_t part_floats = (2 + round_up(call_.head_size, kPanel)) * kAttentionBlock;
+    const int64_t part_floats = (2 + padded_head_rows(call_.head_size)) * kAttentionBlock;
     parts_place_ = workspace_.plan(num_blocks_ * num_parts_ * part_floats);
     if (!workspace_.allocate()) return false;
     return run_parts<Worker>(part_floats);

@@ -24,6 +24,9 @@ struct Float32Products {
   static LMOPT_INLINE Vector multiply_add(Vector a, Vector b, Vector sum) {
     return LMOPT_INSTRUCTION_SET::multiply_add(a, b, sum);
   }
+
+  // The word that the elements at `source` and below it make, each times a factor.
+  static LMOPT_INLINE Vector load_word(const float* source, int64_t, Vector factor) { return load(source) * factor; }
 };
 
 #if defined(__AVX512BF16__)
@@ -41,6 +44,10 @@ struct Bfloat16Products {
     const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));
     const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1));
     return (Vector)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  }
+
+  static LMOPT_INLINE Vector load_word(const float* source, int64_t stride, Vector factor) {
+    return pair(load(source) * factor, load(source + stride) * factor);
   }
 
   // Sixteen values as eight words, each a pair of neighbours.
@@ -90,21 +97,16 @@ LMOPT_INLINE void set_zero(Vector (&sum)[rows][vectors]) {
   }
 }
 
+// Each tile starts at 0 and is added as a whole, since a long sum that grows by single products is less exact.
 template <int rows, int vectors>
-LMOPT_INLINE void load_tile(const float* source, int64_t stride, Vector (&tile)[rows][vectors]) {
+LMOPT_INLINE void add_tile(float* target, int64_t stride, const Vector (&tile)[rows][vectors]) {
   LMOPT_UNROLL
   for (int row = 0; row < rows; ++row) {
     LMOPT_UNROLL
-    for (int v = 0; v < vectors; ++v) tile[row][v] = load(source + row * stride + v * kLanes);
-  }
-}
-
-template <int rows, int vectors>
-LMOPT_INLINE void store_tile(float* target, int64_t stride, const Vector (&tile)[rows][vectors]) {
-  LMOPT_UNROLL
-  for (int row = 0; row < rows; ++row) {
-    LMOPT_UNROLL
-    for (int v = 0; v < vectors; ++v) store(target + row * stride + v * kLanes, tile[row][v]);
+    for (int v = 0; v < vectors; ++v) {
+      float* place = target + row * stride + v * kLanes;
+      store(place, load(place) + tile[row][v]);
+    }
   }
 }
 

@@ -75,44 +75,84 @@ inline void load_words(ElementType type, const char* row, int64_t head_size, int
   }
 }
 
+template <class Products>
+inline void store_words(const float* words, ElementType type, char* row, int64_t head_size) {
+  if (is_native<Products>(type)) {
+    std::memcpy(row, words, head_size * size_of(type));
+  } else {
+    from_float32(words, type, row, head_size);
+  }
+}
+
+// Turns kLanes rows of words into the lanes of as many vectors; address gives the words of a row, null for zeros.
+template <class Address>
+LMOPT_INLINE void turn_rows(const Address& address, int first_row, int64_t word, float* target) {
+  Vector rows[kLanes];
+  LMOPT_UNROLL
+  for (int k = 0; k < kLanes; ++k) {
+    const float* source = address(first_row + k);
+    rows[k] = source == nullptr ? Vector{} : load(source + word);
+  }
+  transpose(rows);
+  LMOPT_UNROLL
+  for (int k = 0; k < kLanes; ++k) store(target + (word + k) * kAttentionBlock + first_row, rows[k]);
+}
+
 // A block of rows as words with the rows in the lanes: target[word][row] for 64 rows, of which `count` exist; address
 // gives the row of a lane, null for one to be taken as zeros. `staging` holds 64 rows of words, in multiples of 16.
 template <class Products, class Address>
 inline void load_transposed(
     ElementType type, int64_t head_size, int count, const Address& address, float* staging, float* target) {
   const int64_t words = words_per_row<Products>(head_size), padded = round_up(words, kPanel);
-  const int rows = static_cast<int>(round_up(count, kPanel));
-  for (int row = 0; row < rows; ++row) {
+  const bool is_direct = is_native<Products>(type) && head_size % (kPanel * Products::kPerWord) == 0;
+  const float* rows[kAttentionBlock];
+  const int num_rows = static_cast<int>(round_up(count, kPanel));
+  for (int row = 0; row < num_rows; ++row) {
     const char* source = row < count ? address(row) : nullptr;
-    if (source == nullptr) {
-      std::memset(staging + row * padded, 0, padded * sizeof(float));
-    } else {
-      load_words<Products>(type, source, head_size, padded, staging + row * padded);
-    }
+    rows[row] = reinterpret_cast<const float*>(source);
+    if (source == nullptr || is_direct) continue;
+    load_words<Products>(type, source, head_size, padded, staging + row * padded);
+    rows[row] = staging + row * padded;
   }
-  for (int row = 0; row < rows; row += kPanel) {
-    for (int64_t word = 0; word < padded; word += kPanel) {
-      transpose_square(staging + row * padded + word, padded, target + word * kAttentionBlock + row, kAttentionBlock);
+  for (int row = 0; row < num_rows; row += kLanes) {
+    for (int64_t word = 0; word < padded; word += kLanes) {
+      turn_rows([&](int r) { return rows[r]; }, row, word, target);
     }
   }
 }
 
+// [head size][64 queries] has so many rows, since whole squares of words are turned.
+inline int64_t padded_head_rows(int64_t head_size) {
+  return round_up(head_size, 2 * kPanel);
+}
+
 // Rows of float32 with the rows in the lanes, source[element][row], to rows of their own type, each times its factor.
-// `staging` holds 16 rows, in multiples of 16.
-template <class Address>
+// `staging` holds 16 rows of words, in multiples of 16.
+template <class Products, class Address>
 inline void store_transposed(
     const float* source, const float* factors, ElementType type, int64_t head_size, int count, const Address& address,
     float* staging) {
-  const int64_t padded = round_up(head_size, kPanel);
-  for (int first = 0; first < count; first += kPanel) {
-    for (int64_t element = 0; element < padded; element += kPanel) {
-      transpose_square(source + element * kAttentionBlock + first, kAttentionBlock, staging + element, padded);
+  const int64_t words = words_per_row<Products>(head_size), padded = round_up(words, kPanel);
+  const bool is_direct = is_native<Products>(type) && head_size % (kPanel * Products::kPerWord) == 0;
+  for (int first = 0; first < count; first += kLanes) {
+    const int rows = count - first < kLanes ? count - first : kLanes;
+    const Vector factor = load(factors + first);
+    float* targets[kLanes];
+    for (int k = 0; k < rows; ++k) {
+      targets[k] = is_direct ? reinterpret_cast<float*>(address(first + k)) : staging + k * padded;
     }
-    for (int row = first; row < count && row < first + kPanel; ++row) {
-      float* values = staging + (row - first) * padded;
-      for (int64_t element = 0; element < padded; ++element) values[element] *= factors[row];
-      from_float32(values, type, address(row), head_size);
+    for (int64_t word = 0; word < padded; word += kLanes) {
+      Vector turned[kLanes];
+      LMOPT_UNROLL
+      for (int k = 0; k < kLanes; ++k) {
+        const float* elements = source + (word + k) * Products::kPerWord * kAttentionBlock + first;
+        turned[k] = Products::load_word(elements, kAttentionBlock, factor);
+      }
+      transpose(turned);
+      for (int k = 0; k < rows; ++k) store(targets[k] + word, turned[k]);
     }
+    if (is_direct) continue;
+    for (int k = 0; k < rows; ++k) store_words<Products>(targets[k], type, address(first + k), head_size);
   }
 }
 

@@ -5,83 +5,10 @@
 
 #include "cpu/attention/exponent.h"
 #include "cpu/attention/key_blocks.h"
-#include "cpu/attention/query_block.h"
+#include "cpu/attention/seen_groups.h"
 
 namespace lmopt {
 namespace LMOPT_INSTRUCTION_SET {
-
-constexpr int64_t kBlockFloats = kAttentionBlock * kAttentionBlock;
-
-// Calls body(first key, number of keys, first panel, end panel) for the parts of a block of keys that are seen.
-template <class Body>
-LMOPT_INLINE void for_each_seen_group(const SeenKeys& seen, int num_keys, const Body& body) {
-  if (seen.state == BlockState::full) return body(0, num_keys, seen.first_panel[0], seen.end_panel[0]);
-  for (int group = 0; group < kGroups && group * kGroup < num_keys; ++group) {
-    const int first = group * kGroup, count = num_keys - first < kGroup ? num_keys - first : kGroup;
-    if (seen.first_panel[group] < seen.end_panel[group]) {
-      body(first, count, seen.first_panel[group], seen.end_panel[group]);
-    }
-  }
-}
-
-// Calls body(first panel, end panel, first key, end key) for panels that see the same groups of keys, taken together.
-template <class Body>
-LMOPT_INLINE void for_each_seen_panels(const SeenKeys& seen, int num_keys, int num_panels, const Body& body) {
-  if (seen.state == BlockState::full) return body(0, num_panels, 0, num_keys);
-  int first_key[kPanels], end_key[kPanels];
-  for (int panel = 0; panel < num_panels; ++panel) {
-    first_key[panel] = num_keys, end_key[panel] = 0;
-    for (int group = 0; group * kGroup < num_keys; ++group) {
-      if (panel < seen.first_panel[group] || panel >= seen.end_panel[group]) continue;
-      if (first_key[panel] == num_keys) first_key[panel] = group * kGroup;
-      end_key[panel] = (group + 1) * kGroup < num_keys ? (group + 1) * kGroup : num_keys;
-    }
-  }
-  for (int first = 0, end; first < num_panels; first = end) {
-    for (end = first + 1; end < num_panels; ++end) {
-      if (first_key[end] != first_key[first] || end_key[end] != end_key[first]) break;
-    }
-    if (first_key[first] < end_key[first]) body(first, end, first_key[first], end_key[first]);
-  }
-}
-
-// target[i][query] += sum over keys of keys[key][i] * weights[key][query], for the keys that are seen; the
-// weights of a group and a panel that sees none of it must be 0 where the panel sees groups on both sides.
-template <class Products>
-class KeySums {
- public:
-  explicit KeySums(int64_t head_size) : head_size_(head_size) {}
-
-  // Of one block of keys, or of several that are all seen.
-  void add(
-      const SeenKeys& seen, int64_t num_keys, int num_panels, const WordRows& keys, const float* weights,
-      float* target) const {
-    const int count = static_cast<int>(num_keys);
-    for_each_seen_panels(seen, count, num_panels, [&](int first_panel, int end_panel, int first_key, int end_key) {
-      const int64_t first = first_key / Products::kPerWord;
-      const int64_t steps = (end_key + Products::kPerWord - 1) / Products::kPerWord - first;
-      for_each_tile_of_panels(first_panel, end_panel, [&](auto panels, int panel) {
-        add_panels<decltype(panels)::kValue>(
-            {keys.data + first * keys.row_bytes, keys.row_bytes}, steps,
-            weights + first * kAttentionBlock + panel * kPanel, target + panel * kPanel);
-      });
-    });
-  }
-
- private:
-  template <int panels>
-  __attribute__((noinline)) void add_panels(
-      const WordRows& keys, int64_t steps, const float* weights, float* target) const {
-    for_each_tile_of_rows<kTileRows<panels>>(head_size_, [&](auto tile, int64_t first) {
-      Vector sum[decltype(tile)::kValue][panels * kVectorsPerPanel];
-      load_tile(target + first * kAttentionBlock, kAttentionBlock, sum);
-      multiply<Products>(keys.data + first * 4, 4, keys.row_bytes, weights, kAttentionBlock, steps, sum);
-      store_tile(target + first * kAttentionBlock, kAttentionBlock, sum);
-    });
-  }
-
-  int64_t head_size_;
-};
 
 template <class Products>
 class Scores {
