@@ -61,7 +61,7 @@ def recipe(monkeypatch, tmp_path):
         sys.modules.pop(name)
 
 
-def test_cells_run_once_and_the_report_says_who_diverged(recipe, tmp_path, capsys):
+def test_cells_run_once_and_the_report_says_who_was_lost(recipe, tmp_path, capsys):
     file, cells, tasks = tmp_path / "cells.jsonl", recipe.all_cells(), {"movie-sentiment": TinyTask(recipe)}
     assert len(cells) == 2 * (3 * 3 + 3)
     recipe.run_missing_cells(file, tasks, cells[::2])
@@ -76,17 +76,45 @@ def test_cells_run_once_and_the_report_says_who_diverged(recipe, tmp_path, capsy
     assert overflow["drop_micro_batch"]["counts"]["dropped_micro_batches"] > 0
 
     sys.modules["compare_clipping_report"].write_report(tmp_path)
-    results = json.loads((tmp_path / "results.json").read_text())
+    text = (tmp_path / "results.json").read_text()
+    assert "Infinity" not in text  # which is not JSON
+    results = json.loads(text)
     assert results["is_complete"]
+    assert results["lost_runs"]["stock_trainer"] == {"overflow": {"lost": 2, "runs": 2}}
     table = (tmp_path / "table.md").read_text()
-    (line,) = [line for line in table.splitlines() if line.startswith("| stock_trainer")]
-    assert "diverged" in line
+    assert "| stock_trainer |  |  |  | 2 of 2 |" in table
+    assert "| stock_trainer | 1 of 1 lost | 1 of 1 lost |" in table
     assert (tmp_path / "comparison.png").stat().st_size > 1000
     # A high rate is five times the clean one.
     rates = {
         fault: records[f"movie-sentiment adamw {fault} none seed=1"]["learning_rate"] for fault in recipe.FAULTS[:3]
     }
     assert rates["high_rate"] == pytest.approx(5 * rates["clean"])
+
+
+def test_lost_runs_are_counted_and_left_out_of_the_mean(recipe):
+    report = sys.modules["compare_clipping_report"]
+    records = [
+        {"metrics": {"loss": loss, "accuracy": accuracy}, "error": error}
+        for loss, accuracy, error in (
+            (0.4, 0.8, None),
+            (0.5, 0.7, None),
+            (0.3, 0.9, "SpikeGuard met 11 spikes in a row"),
+            (0.7, 0.53, None),  # hardly better than the more frequent label
+            (math.inf, 0.8, None),
+        )
+    ]
+    row = report.row_of(records, report.METRICS["movie-sentiment"])
+    assert row["is_lost"] == [False, False, True, True, True]
+    assert (row["mean"], row["farthest"]) == (pytest.approx(0.75), pytest.approx(0.05))
+    assert report.spread(row) == "0.750 ± 0.050, 3 of 5 lost"
+    assert report.spread(report.row_of(records[1:3], report.METRICS["movie-sentiment"])) == "0.700, 1 of 2 lost"
+
+    row = report.row_of(records, report.METRICS["wikitext2"])  # where less is better, and 8.32 a guess
+    assert row["is_lost"] == [False, False, True, False, True]
+    assert row["values"] == [0.4, 0.5, 0.3, 0.7, None]
+    dead = {"metrics": {"loss": math.log(4096)}, "error": None}
+    assert report.spread(report.row_of([dead], report.METRICS["wikitext2"])) == "1 of 1 lost"
 
 
 def test_bad_batches_have_shuffled_labels_and_a_large_loss(recipe):
