@@ -51,7 +51,7 @@ from hf_lmopt.publishing import run_facts  # noqa: E402
 
 RESULTS = HERE / "results" / "attention.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-SECONDS_PER_CASE, MIN_ROUNDS, MAX_ROUNDS = 4.0, 5, 200
+SECONDS_PER_CASE, MIN_ROUNDS, MAX_ROUNDS = 3.0, 5, 200
 MEMORY_LENGTHS = (2048, 4096, 8192, 16384, 32768)
 SEED = 0
 

@@ -1,5 +1,5 @@
 """
-Attention with one meaning on every backend; knows nothing of transformers.
+Attention with one meaning on every backend. The first five files know nothing of transformers.
 
 | file | |
 |---|---|
@@ -8,6 +8,9 @@ Attention with one meaning on every backend; knows nothing of transformers.
 | `block_mask.py` | the map of blocks that a mask becomes for them |
 | `inputs.py` | which arguments are allowed |
 | `philox.py` | which weights dropout drops, the same on every backend |
+| `transformers_bridge.py` | attn_implementation="lmopt" |
+| `model_support.py` | which models would ignore it |
+| `backends.py`, `choice.py` | which kernel serves a call, and what `--attn auto` takes |
 """
 
 from .block_mask import BlockMap, build_block_map

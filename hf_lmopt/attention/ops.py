@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..build_extension import load_extension
 from .inputs import Window, check_attention_inputs
@@ -189,6 +190,11 @@ def _register_operators() -> None:
 
 
 def _run_with_gradients(keyset: torch._C.DispatchKeySet, *inputs: Any) -> tuple[Tensor, Tensor]:
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, inputs)):
+        raise NotImplementedError(
+            "The compiled attention was differentiated in forward mode. It has gradients alone: use "
+            "torch.autograd.grad, or attention_reference."
+        )
     if not torch.is_grad_enabled() or not any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
         return _run_below_autograd(keyset, *inputs)
     if torch._C._are_functorch_transforms_active():
@@ -197,6 +203,10 @@ def _run_with_gradients(keyset: torch._C.DispatchKeySet, *inputs: Any) -> tuple[
             "torch.autograd.grad, or attention_reference."
         )
     return _Differentiable.apply(keyset, *inputs)
+
+
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def _run_below_autograd(keyset: torch._C.DispatchKeySet, *inputs: Any) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from attention_closeness import check_within_twice_the_error, run_attention
 from recomputing_attention import recomputing_attention
 from test_inputs import WRONG_BOUNDARIES, WRONG_TYPES, WRONG_TYPES_OF_BOUNDARIES, WRONG_VALUES, packed, valid
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from hf_lmopt.attention import attention, attention_reference, build_visibility
@@ -290,6 +291,16 @@ def test_logsumexp_alone_can_be_differentiated() -> None:
     torch.testing.assert_close(*gradients)
 
 
+def test_sink_of_minus_infinity_has_no_gradient_without_keys_either() -> None:
+    arguments = {name: tensor[:, :, :0] for name, tensor in draw_qkv().items()} | {"query": draw_qkv()["query"]}
+    gradients = []
+    for function in (attention, attention_reference):
+        sinks = torch.tensor([0.5, -torch.inf, -1.0, -torch.inf], requires_grad=True)
+        _, logsumexp = function(**arguments, sinks=sinks)
+        gradients += torch.autograd.grad(logsumexp.sum(), sinks)
+    torch.testing.assert_close(*gradients)
+
+
 def test_second_derivatives_are_refused_and_first_ones_may_be_traced() -> None:
     query, key, value = (tensor.requires_grad_() for tensor in draw_qkv().values())
     output, _ = attention(query, key, value)
@@ -303,6 +314,17 @@ def test_second_derivatives_are_refused_and_first_ones_may_be_traced() -> None:
 def test_functional_gradients_are_refused() -> None:
     with pytest.raises(NotImplementedError, match=r"differentiated by torch.func\. .* use torch.autograd.grad"):
         torch.func.grad(lambda query: attention(query, query, query)[0].sum())(draw_qkv()["query"])
+
+
+def test_forward_mode_is_refused() -> None:
+    query, tangent = draw_qkv()["query"], draw_qkv()["query"]
+    with pytest.raises(NotImplementedError, match=r"in forward mode\. .* use torch.autograd.grad"):
+        torch.func.jvp(lambda query: attention(query, query, query)[0], (query,), (tangent,))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(query, tangent)
+        with pytest.raises(NotImplementedError, match=r"in forward mode\. .* use torch.autograd.grad"):
+            attention(query, query, dual)
+        attention(query, query, query)
 
 
 def test_vmap_is_refused_forward_and_backward() -> None:

@@ -137,9 +137,11 @@ Tensor make_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+#if defined(__x86_64__)
 bool uses_avx512_bf16(const AttentionCall& call) {
   return call.type == ElementType::bfloat16 && cpu_has_avx512_bf16();
 }
+#endif
 
 bool run_forward(const AttentionCall& call) {
 #if defined(__x86_64__)
@@ -184,11 +186,13 @@ Tensor new_sum(const MaybeTensor& of, bool is_needed, const Tensor& like) {
   return torch::stable::new_empty(*of, of->sizes(), ScalarType::Float);
 }
 
-void sum_over_queries(const Tensor& logsumexp_gradient, Tensor& sinks_gradient) {
-  const float* row = float_data(logsumexp_gradient);
+// Without keys, the logsumexp is the sink; one of -inf is none.
+void sum_over_queries(const Tensor& logsumexp_gradient, const Tensor& logsumexp, Tensor& sinks_gradient) {
+  const float *row = float_data(logsumexp_gradient), *of_sink = float_data(logsumexp);
   const int64_t num_heads = sinks_gradient.numel(), num_queries = logsumexp_gradient.size(2);
   float* sum = float_data(sinks_gradient);
   for (int64_t i = 0; i < logsumexp_gradient.size(0) * num_heads; ++i) {
+    if (num_queries == 0 || of_sink[i * num_queries] == -std::numeric_limits<float>::infinity()) continue;
     sum[i % num_heads] = std::accumulate(row + i * num_queries, row + (i + 1) * num_queries, sum[i % num_heads]);
   }
 }
@@ -279,7 +283,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
     for (Tensor* gradient : {&query_gradient, &key_gradient, &value_gradient, &bias_gradient, &sinks_gradient}) {
       torch::stable::zero_(*gradient);
     }
-    if (dense_logsumexp_gradient) sum_over_queries(*dense_logsumexp_gradient, sinks_gradient);
+    if (dense_logsumexp_gradient) sum_over_queries(*dense_logsumexp_gradient, dense_logsumexp, sinks_gradient);
   } else {
     const PreparedCall prepared(arguments);
     AttentionGradients gradients{};
