@@ -6,8 +6,6 @@
 namespace lmopt {
 namespace LMOPT_INSTRUCTION_SET {
 
-typedef uint32_t UIntVector __attribute__((vector_size(4 * kLanes)));
-
 // The upper and lower halves of the products with one word.
 LMOPT_INLINE void multiply_wide(UIntVector a, uint32_t b, UIntVector& high, UIntVector& low) {
 #if defined(__AVX512F__)

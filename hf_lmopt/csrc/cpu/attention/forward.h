@@ -137,17 +137,17 @@ class Forward {
       Vector sink{};
       for (int i = 0; i < kLanes && row + i < count; ++i) sink[i] = call_.sinks[block_.head_of(row + i)];
       row_max = row_max * score_scale(call_);
-      const Vector grown = maximum(row_max, sink);
+      const Vector grown = maximum(maximum(row_max, sink), broadcast(-1e30f));  // not -inf - -inf
       factor = exp2((row_max - grown) * kLog2E);
       sum = multiply_add(sum, factor, exp2((sink - grown) * kLog2E));
       row_max = grown;
     }
-    const auto is_seen = sum > Vector{};
+    const auto is_seen = sum != Vector{};  // also NaN, which must come out
     const Vector total = is_seen ? sum : broadcast(1.0f);
     const float keep_scale = static_cast<float>(1.0 / (1.0 - call_.dropout_p));
     store(factors_ + row, is_seen ? factor * keep_scale / total : Vector{});
     store(maxima + row, is_seen ? row_max : broadcast(-kInfinity));
-    store(log_sum + row, log(total));
+    store(log_sum + row, log(total) + (total - total));  // log takes NaN for a number
   }
 
   const AttentionCall& call_;

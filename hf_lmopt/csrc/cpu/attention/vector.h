@@ -29,6 +29,7 @@ constexpr int kLanes = 4;
 
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVector __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t UIntVector __attribute__((vector_size(4 * kLanes)));
 
 constexpr int kPanel = 16;
 constexpr int kPanels = 4;  // of a block of 64 queries
@@ -112,7 +113,7 @@ LMOPT_INLINE float sum_of_lanes(Vector value) {
 // [-1/2, 1/2] with the constant held at 1) have relative errors of 2e-7, enough beside bfloat16, and 3e-9.
 template <bool is_for_bfloat16 = false>
 LMOPT_INLINE Vector exp2(Vector x) {
-  x = maximum(x, broadcast(-127.0f));
+  x = maximum(broadcast(-127.0f), x);  // of NaN NaN
   const Vector shifted = x + 12582912.0f;  // 1.5 * 2^23: the integer part ends up in the lowest bits
   const Vector fraction = x - (shifted - 12582912.0f);
   Vector power;
@@ -129,7 +130,7 @@ LMOPT_INLINE Vector exp2(Vector x) {
     power = multiply_add(power, fraction, broadcast(6.93147215e-1f));
   }
   power = multiply_add(power, fraction, broadcast(1.0f));
-  return as_float(as_int(power) + (as_int(shifted) << 23));
+  return as_float((IntVector)((UIntVector)power + ((UIntVector)shifted << 23)));  // may wrap where x is too large
 }
 
 // Relative error below 3e-7: a polynomial near 0 (Cephes' tanhf), else by the exponential function.
