@@ -16,7 +16,7 @@ from attention_cases import DIFFERENTIABLE, Arguments
 from torch import Tensor
 
 from hf_lmopt.attention import build_dropout_mask, build_visibility
-from hf_lmopt.attention.reference import _take_away_unseen
+from hf_lmopt.attention.reference import take_away_unseen
 
 
 INF = float("inf")
@@ -68,7 +68,7 @@ def _score(arguments: Arguments, leaves: dict[str, Tensor]) -> tuple[Tensor, Ten
     shown = ("mask", "cu_seqlens_q", "cu_seqlens_k", "is_causal", "window")
     given = {name: arguments[name] for name in shown if name in arguments}
     visible = build_visibility(leaves["query"], leaves["key"], **given)
-    query, key, value = _take_away_unseen(leaves["query"], leaves["key"], leaves["value"], visible)
+    query, key, value = take_away_unseen(leaves["query"], leaves["key"], leaves["value"], visible)
     scale, softcap = arguments.get("scale"), arguments.get("softcap")
     scores = _dot(query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:

@@ -23,6 +23,7 @@ from .inputs import Window, check_attention_inputs
 
 
 COMPILED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+SMALLEST = torch.finfo(torch.float32).tiny
 NUM_TENSORS = 8  # first inputs of attention_forward; the last one is the seed
 
 _registrations = torch.library.Library("lmopt", "IMPL")
@@ -63,6 +64,7 @@ def attention(
       bias and sinks may stay in float32.
     - Under activation checkpointing draw the seed before the checkpointed function; under `torch.compile` give it as
       a tensor.
+    - A score below -1e30 counts as one of -inf: a query whose bias is `torch.finfo(dtype).min` everywhere gives 0.
     - Gradients cannot be differentiated once more. `torch.func.grad` and its kin are refused, as by all operators that
       are not torch's own, and so is `torch.vmap`, since the batch is a dimension already.
 
@@ -103,7 +105,7 @@ def attention(
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
     )
-    _check_backend(query)
+    _check_backend(query, softcap)
     left, right = (-1 if side is None else int(side) for side in window)
     return torch.ops.lmopt.attention_forward(
         query,
@@ -137,11 +139,16 @@ def load_operators() -> None:
         _register_operators()
 
 
-def _check_backend(query: Tensor) -> None:
+def _check_backend(query: Tensor, softcap: float | None) -> None:
     if query.dtype not in COMPILED_TYPES:
         raise TypeError(
             f"query is of type {query.dtype}. The compiled attention takes float32, bfloat16 and float16: convert it, "
             "or use attention_reference (with transformers: attn_implementation='sdpa')."
+        )
+    if softcap is not None and softcap < SMALLEST:
+        raise ValueError(
+            f"softcap={softcap} is below what float32 represents, {SMALLEST:.3g}. The compiled attention computes in "
+            "float32: give a larger one, None for no cap, or use attention_reference in float64."
         )
     if query.device.type not in ("cpu", "meta"):
         raise ValueError(

@@ -129,7 +129,7 @@ def attention_reference(
     check_attention_values(cu_seqlens_q, cu_seqlens_k, query.shape[2], key.shape[2], dropout_seed)
     with torch.autocast(query.device.type, enabled=False):
         visible = build_visibility(query, key, mask, cu_seqlens_q, cu_seqlens_k, is_causal, window)
-        q, k, v = _take_away_unseen(query, key, value, visible)
+        q, k, v = take_away_unseen(query, key, value, visible)
         scores = (q @ k.mT) * (query.shape[-1] ** -0.5 if scale is None else scale)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
@@ -176,7 +176,7 @@ def build_visibility(
     return visible[None, None] if mask is None else visible & mask
 
 
-def _take_away_unseen(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def take_away_unseen(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value in the type to compute in, per query head, 0 where nothing sees or is seen."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     batch_size, num_heads, num_key_heads = *query.shape[:2], key.shape[1]

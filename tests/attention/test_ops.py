@@ -527,6 +527,11 @@ def test_a_negative_seed_in_a_tensor_is_refused() -> None:
         attention(**valid(), dropout_p=0.1, dropout_seed=torch.tensor(-1))
 
 
+def test_a_softcap_that_float32_takes_for_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="softcap=1e-50 is below what float32 represents"):
+        attention(**draw_qkv(), softcap=1e-50)
+
+
 def test_float64_is_refused_with_the_way_out() -> None:
     arguments = {name: tensor.double() for name, tensor in valid().items()}
     with pytest.raises(TypeError, match=r"torch.float64. The compiled attention takes .* use attention_reference"):

@@ -8,11 +8,14 @@
 
 namespace lmopt {
 
+// Kernels of all instruction sets include this file: what were not inlined, the linker would share among them.
+#define LMOPT_ALWAYS_INLINE __attribute__((always_inline))
+
 constexpr int kAttentionBlock = 64;  // queries or keys
 
 enum class BlockState : uint8_t { empty, mixed, full };
 
-inline int64_t num_attention_blocks(int64_t length) {
+LMOPT_ALWAYS_INLINE inline int64_t num_attention_blocks(int64_t length) {
   return (length + kAttentionBlock - 1) / kAttentionBlock;
 }
 
@@ -22,7 +25,7 @@ struct BlockMap {
   const uint64_t* words;     // [Bm, Hm, query blocks, key blocks, 64 keys]; undefined where a block is not mixed
   int64_t batch_size, num_heads;  // 1 where the mask is shared
 
-  int64_t index_of_mask(int64_t batch, int64_t head) const {
+  LMOPT_ALWAYS_INLINE int64_t index_of_mask(int64_t batch, int64_t head) const {
     return (batch_size == 1 ? 0 : batch) * num_heads + (num_heads == 1 ? 0 : head);
   }
 };
@@ -40,18 +43,18 @@ struct Visibility {
   int64_t seen_key_heads;       // 1 or Hkv
 
   // 64, but for the last block.
-  int keys_in_block(int64_t key_block) const {
+  LMOPT_ALWAYS_INLINE int keys_in_block(int64_t key_block) const {
     const int64_t left = num_keys - key_block * kAttentionBlock;
     return static_cast<int>(left < kAttentionBlock ? left : kAttentionBlock);
   }
 
-  const uint8_t* keys_seen(int64_t batch, int64_t key_head) const {
+  LMOPT_ALWAYS_INLINE const uint8_t* keys_seen(int64_t batch, int64_t key_head) const {
     if (is_key_seen == nullptr) return nullptr;
     const int64_t entry = (map.batch_size == 1 ? 0 : batch) * seen_key_heads + (seen_key_heads == 1 ? 0 : key_head);
     return is_key_seen + entry * num_keys;
   }
 
-  const uint8_t* queries_see(int64_t batch, int64_t head) const {
+  LMOPT_ALWAYS_INLINE const uint8_t* queries_see(int64_t batch, int64_t head) const {
     if (does_query_see == nullptr) return nullptr;
     return does_query_see + map.index_of_mask(batch, head) * num_queries;
   }

@@ -12,7 +12,6 @@
 #include "cpu/newton_schulz.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -39,15 +38,8 @@ class Team {
 
   template <class Task>
   void run(int64_t count, const Task& task) const {
-    if (threads_ == 1 || count == 1) {
-      for (int64_t i = 0; i < count; ++i) task(i, 0);
-      return;
-    }
-    std::atomic<int64_t> next{0};
-    parallel_for(0, threads_, 1, [&](int64_t worker, int64_t end) {
-      for (; worker < end; ++worker) {
-        for (int64_t i = next++; i < count; i = next++) task(i, worker);
-      }
+    share_tasks(threads_, count, [&](int64_t worker, const auto& next) {
+      for (int64_t i = next(); i < count; i = next()) task(i, worker);
     });
   }
 

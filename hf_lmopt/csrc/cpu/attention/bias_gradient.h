@@ -16,8 +16,8 @@ class BiasGradient {
   explicit BiasGradient(const BackwardProblem& problem)
       : problem_(problem),
         call_(problem.call),
-        keys_(call_, call_.key, false),
-        values_(call_, call_.value, false),
+        keys_(call_, call_.key, KeyArrangement::rows),
+        values_(call_, call_.value, KeyArrangement::rows),
         queries_(call_, problem.gradients.output_gradient, problem.delta),
         score_gradients_(call_),
         finder_(*call_.visibility) {

@@ -3,9 +3,9 @@
 //   S = Q K'                  [key][query]
 //   m_new = max(m, max S)     l = l 2^(m - m_new) + sum 2^(S - m_new)     O = O 2^(m - m_new) + V' 2^(S - m_new)
 //
-// with the exact maximum of each step (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867; Dao 2023,
-// https://arxiv.org/abs/2307.08691), so that a weight of 1 is exact. O is kept as [head size][query]. The sum over
-// keys is added up by blocks, which keeps float32 as exact as torch's.
+// (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867; Dao 2023, https://arxiv.org/abs/2307.08691). The
+// first step takes the exact maximum, later ones may keep an older one (lazy_weights.h). O is kept as [head size][query].
+// The sum over keys is added up by blocks, which keeps float32 as exact as torch's.
 #pragma once
 
 #include "cpu/attention/key_sums.h"
@@ -19,8 +19,8 @@ class Forward {
  public:
   explicit Forward(const AttentionCall& call)
       : call_(call),
-        keys_(call, call.key, false),
-        values_(call, call.value, true),
+        keys_(call, call.key, KeyArrangement::rows),
+        values_(call, call.value, KeyArrangement::pairs),
         weights_(call),
         value_sums_(call.head_size),
         finder_(*call.visibility) {

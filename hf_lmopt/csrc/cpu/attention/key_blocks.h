@@ -13,13 +13,15 @@ struct WordRows {
   int64_t row_bytes;
 };
 
+// As the tensor has them, or bfloat16 interleaved by two, for products that add over keys (float32 needs no pairs).
+enum class KeyArrangement { rows, pairs };
+
 // One of the two tensors. What no query sees is copied as zeros, whatever it holds.
 template <class Products>
 class KeyBlocks {
  public:
-  // `as_pairs`: bfloat16 rows are wanted interleaved by two, for products that add over keys.
-  KeyBlocks(const AttentionCall& call, const AttentionTensor& tensor, bool as_pairs)
-      : call_(call), tensor_(tensor), as_pairs_(as_pairs && Products::kIsBfloat16) {}
+  KeyBlocks(const AttentionCall& call, const AttentionTensor& tensor, KeyArrangement arrangement)
+      : call_(call), tensor_(tensor), as_pairs_(arrangement == KeyArrangement::pairs && Products::kIsBfloat16) {}
 
   void plan(Workspace& workspace) {
     place_ = workspace.plan(may_copy() ? num_attention_blocks(call_.num_keys) * block_words() : 0);

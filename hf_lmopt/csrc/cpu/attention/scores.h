@@ -13,8 +13,7 @@ namespace LMOPT_INSTRUCTION_SET {
 template <class Products>
 class Scores {
  public:
-  explicit Scores(const AttentionCall& call)
-      : call_(call), is_plain_(has_plain_scores(call)) {}
+  explicit Scores(const AttentionCall& call) : call_(call) {}
 
   void plan(Workspace& workspace) {
     bias_place_ = workspace.plan(call_.bias.data == nullptr ? 0 : kBlockFloats);
@@ -25,7 +24,6 @@ class Scores {
     bias_ = workspace.at(bias_place_);
     bias_rows_ = workspace.at(bias_rows_place_);
   }
-
 
   // `query` is [words][64]; row_max grows. `slope`, if not null, gets the derivative of the softcap, [key][query].
   void compute(
@@ -38,7 +36,7 @@ class Scores {
         const WordRows rows{keys.data + first * keys.row_bytes, keys.row_bytes};
         const int64_t offset = first * kAttentionBlock + panel * kPanel;
         const uint64_t* words = seen.state == BlockState::full ? nullptr : seen.words + first;
-        if (!is_plain_) {
+        if (!has_plain_scores(call_)) {
           multiply_keys<kTilePanels, false>(
               query + panel * kPanel, rows, count, nullptr, panel, scores + offset, nullptr);
           finish<kTilePanels>(count, words, panel, offset, scores, row_max + panel * kPanel, slope);
@@ -137,7 +135,6 @@ class Scores {
   }
 
   const AttentionCall& call_;
-  const bool is_plain_;
   int64_t bias_place_ = 0, bias_rows_place_ = 0;
   float* bias_ = nullptr;
   float* bias_rows_ = nullptr;
