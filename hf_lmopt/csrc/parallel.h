@@ -1,7 +1,6 @@
 // A parallel loop for kernels that may include no torch header (see cpu/capability.h), on torch's own threads.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
@@ -21,20 +20,6 @@ inline void parallel_for(int64_t begin, int64_t end, int64_t grain_size, Functio
         (*static_cast<std::remove_reference_t<Function>*>(context))(first, last);
       },
       &function);
-}
-
-// Runs body(worker, next) in as many threads as there are tasks for; each next() is another one of [0, count), and
-// `count` when none is left. Results must not depend on who does which.
-template <class Body>
-inline void share_tasks(int64_t num_threads, int64_t count, const Body& body) {
-  std::atomic<int64_t> taken{0};
-  const auto next = [&] {
-    const int64_t task = taken++;
-    return task < count ? task : count;
-  };
-  parallel_for(0, num_threads < count ? num_threads : count, 1, [&](int64_t worker, int64_t end) {
-    for (; worker < end; ++worker) body(worker, next);
-  });
 }
 
 }  // namespace lmopt

@@ -17,7 +17,7 @@
 #include <cstring>
 
 #include "cpu/newton_schulz_panels.h"
-#include "parallel.h"
+#include "cpu/share_tasks.h"
 
 namespace lmopt {
 namespace avx512_bf16 {
@@ -38,8 +38,8 @@ class Team {
 
   template <class Task>
   void run(int64_t count, const Task& task) const {
-    share_tasks(threads_, count, [&](int64_t worker, const auto& next) {
-      for (int64_t i = next(); i < count; i = next()) task(i, worker);
+    share_tasks(threads_, count, [&](int64_t worker, Tasks& tasks) {
+      for (int64_t i; tasks.next(i);) task(i, worker);
     });
   }
 

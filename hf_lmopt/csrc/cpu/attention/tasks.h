@@ -3,7 +3,7 @@
 
 #include <atomic>
 
-#include "parallel.h"
+#include "cpu/share_tasks.h"
 
 namespace lmopt {
 namespace LMOPT_INSTRUCTION_SET {
@@ -12,15 +12,16 @@ namespace LMOPT_INSTRUCTION_SET {
 template <class Worker, class Call, class Run>
 bool run_tasks(int64_t num_threads, int64_t count, const Call& call, const Run& run) {
   std::atomic<bool> has_memory{true};
-  share_tasks(num_threads, count, [&](int64_t, const auto& next) {
-    int64_t task = next();
-    if (task == count) return;
+  share_tasks(num_threads, count, [&](int64_t, Tasks& tasks) {
+    int64_t task;
+    if (!tasks.next(task)) return;
     Worker worker(call);
     if (!worker.allocate()) {
       has_memory = false;
       return;
     }
-    for (; task < count; task = next()) run(worker, task);
+    do run(worker, task);
+    while (tasks.next(task));
   });
   return has_memory;
 }
