@@ -27,7 +27,7 @@ from transformers.utils import find_labels
 
 from .accumulation import AccumulationWindow, choose_loss_reduction, count_loss_items, loss_drops_first_label
 from .arguments import LMOptArgumentsMixin
-from .attention.model_support import check_attention
+from .attention.model_support import check_attention, check_packed_batch
 from .callbacks.events import call_event
 from .callbacks.figures import begin_reporting, report_figures
 from .checkpointing import newest_complete_checkpoint, replaced_when_complete
@@ -70,7 +70,7 @@ class LMOptMixin(_TrainerBase):
     Raises:
         TypeError: if `args` lacks the fields of [`LMOptArgumentsMixin`].
         ValueError: if the options do not fit the model or the optimizer, or if the model would ignore
-            `attn_implementation="lmopt"`.
+            `attn_implementation="lmopt"`; in training, if it would read packed documents of a batch as one.
         NotImplementedError: under a kind of parallelism whose gradients cannot be seen whole.
     """
 
@@ -87,7 +87,7 @@ class LMOptMixin(_TrainerBase):
                 "of LMOptArgumentsMixin and your own: change the class of args."
             )
         check_parallelism(self)
-        check_attention(self.model, self.data_collator)
+        self._has_compiled_attention = check_attention(self.model, self.data_collator)
         self.normalises_itself = self.loss_is_scaled_for_ga is True
         self.loss_is_scaled_for_ga = self.normalises_itself
         self._window: AccumulationWindow | None = None
@@ -130,6 +130,12 @@ class LMOptMixin(_TrainerBase):
         if self.is_world_process_zero():
             print(explain_implementation(optimizer))
         return optimizer
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        if self._has_compiled_attention:
+            check_packed_batch(inputs)
+        return inputs
 
     # ---- Accumulation ----
 

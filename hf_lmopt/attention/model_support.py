@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 from transformers import DataCollatorWithFlattening, PreTrainedModel
 
-from .transformers_bridge import ATTN_IMPLEMENTATION
+from .transformers_bridge import ATTN_IMPLEMENTATION, HOW_TO_MARK_DOCUMENTS
 
 
 PRODUCTS = {"matmul", "einsum", "bmm"}
@@ -42,7 +42,7 @@ def why_attention_is_ignored(model: nn.Module | type[PreTrainedModel]) -> str | 
     return _why_layers_ignore(model, list(_find_layers(model)))
 
 
-def check_attention(model: nn.Module, data_collator: Any = None) -> None:
+def check_attention(model: nn.Module, data_collator: Any = None) -> bool:
     """
     Raises if attn_implementation="lmopt" was asked for in vain: a model, or a part of it, would ignore it.
 
@@ -51,6 +51,9 @@ def check_attention(model: nn.Module, data_collator: Any = None) -> None:
             Any model. One with another implementation, or from outside transformers, passes.
         data_collator (`Callable`, *optional*):
             What makes its batches: one that packs documents must mark them such that the model can tell them apart.
+
+    Returns:
+        `bool`: whether it was asked for at all.
 
     Raises:
         ValueError: naming the part, and what to choose instead.
@@ -61,7 +64,7 @@ def check_attention(model: nn.Module, data_collator: Any = None) -> None:
         if part.config._attn_implementation == ATTN_IMPLEMENTATION
     ]
     if not layers:
-        return
+        return False
     if reason := _why_layers_ignore(model, layers):
         has_sdpa = all(part._supports_sdpa for part, _ in layers)
         raise ValueError(
@@ -70,6 +73,30 @@ def check_attention(model: nn.Module, data_collator: Any = None) -> None:
             "dictionary with an implementation for each of its configs."
         )
     _check_flattening(layers, data_collator)
+    return True
+
+
+def check_packed_batch(batch: Mapping[str, Any]) -> None:
+    """
+    Raises if documents packed into the rows of a batch would be read as one.
+
+    Where there is an `attention_mask`, transformers does not look for positions that restart, and of the layers not
+    all are given the positions. It reads the batch, so it waits for the device, where it has both.
+
+    Raises:
+        ValueError: if `position_ids` restart between two tokens, and nothing else tells the documents apart.
+    """
+    position_ids, attention_mask = batch.get("position_ids"), batch.get("attention_mask")
+    if position_ids is None or attention_mask is None or batch.get("cu_seq_lens_q") is not None:
+        return
+    if position_ids.dim() != 2 or attention_mask.shape != position_ids.shape:
+        return  # positions of several axes, or a mask that has the documents in it
+    is_token = attention_mask.bool()
+    if (is_token[:, 1:] & is_token[:, :-1] & (position_ids.diff(dim=1) <= 0)).any():
+        raise ValueError(
+            "position_ids restart inside a row, as those of packed documents do, but the attention_mask lets the "
+            f"documents see each other. {HOW_TO_MARK_DOCUMENTS}"
+        )
 
 
 def _check_flattening(layers: Iterable[Layer], data_collator: Any) -> None:

@@ -38,6 +38,10 @@ from .ops import attention, load_operators
 
 ATTN_IMPLEMENTATION = "lmopt"
 WAY_OUT = 'Load the model with attn_implementation="eager" (or "sdpa", where it has that).'
+HOW_TO_MARK_DOCUMENTS = (
+    "Give cu_seq_lens_q and cu_seq_lens_k, for example by DataCollatorWithFlattening(return_flash_attn_kwargs=True), "
+    "or a mask of four dimensions."
+)
 REFUSED_KEYWORDS = {
     "cache": "the paged cache of continuous batching",
     "indices": "keys chosen by their indices",
@@ -60,7 +64,7 @@ def register_attention() -> LoadedExtension:
 
     An `attention_mask` of four dimensions is taken as it is. Documents packed into one row are kept apart by
     `cu_seq_lens_q` and `cu_seq_lens_k` in every model, and by `position_ids` that restart in causal ones if no
-    `attention_mask` is given.
+    `attention_mask` is given; with one, layers that are given the positions raise, and so does an [`LMOptTrainer`].
 
     Returns:
         [`LoadedExtension`]: the library and where it came from.
@@ -234,18 +238,19 @@ def _separate_documents(mask: Tensor | None, position_ids: Tensor, query: Tensor
     if position_ids.dim() != 2 or not query.shape[2] == key.shape[2] == position_ids.shape[1]:
         return mask  # a cache, or positions of several axes
     is_restart = position_ids.diff(dim=1) <= 0
-    if mask is None:
-        if not is_tracing(is_restart) and not is_restart.any():
-            return None
+    is_traced = is_tracing(is_restart)  # then nothing can be read, and documents are kept apart in any case
+    if mask is None and not is_traced and not is_restart.any():
+        return None
+    if mask is None or is_traced:
         documents = nn.functional.pad(is_restart.cumsum(1), (1, 0))
-        return documents[:, None, :, None] == documents[:, None, None, :]
+        is_same = documents[:, None, :, None] == documents[:, None, None, :]
+        return is_same if mask is None else mask & is_same
     # Padding and masks of documents pass: there a token does not see the one before it, or not even itself.
     sees_itself, sees_previous = mask.diagonal(0, -2, -1)[..., 1:], mask.diagonal(-1, -2, -1)
-    if not is_tracing(is_restart) and (is_restart[:, None] & sees_itself & sees_previous).any():
+    if (is_restart[:, None] & sees_itself & sees_previous).any():
         raise ValueError(
             "position_ids restart inside a row, as those of packed documents do, but the model's mask lets the "
-            "documents see each other. Give cu_seq_lens_q and cu_seq_lens_k, for example by "
-            "DataCollatorWithFlattening(return_flash_attn_kwargs=True), or a mask of four dimensions."
+            f"documents see each other. {HOW_TO_MARK_DOCUMENTS}"
         )
     return mask
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from attention_models import MODELS
 from tiny_models import TinyPlainModel, tiny_bert_classifier, tiny_lora_classifier, tiny_mamba, tiny_xlnet_classifier
-from torch import nn
+from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, EncoderDecoderModel, PreTrainedModel
 
 import hf_lmopt
 from hf_lmopt import LMOptArguments, LMOptTrainer
-from hf_lmopt.attention.model_support import check_attention, why_attention_is_ignored
+from hf_lmopt.attention.model_support import check_attention, check_packed_batch, why_attention_is_ignored
 
 
 SIZES = {
@@ -103,3 +104,38 @@ def test_encoders_are_not_given_packed_documents_without_boundaries(tmp_path: Pa
         LMOptTrainer(model=model, args=args, data_collator=DataCollatorWithFlattening())
     LMOptTrainer(model=model, args=args, data_collator=DataCollatorWithFlattening(return_flash_attn_kwargs=True))
     check_attention(MODELS["llama"].build(attn_implementation="lmopt"), DataCollatorWithFlattening())
+
+
+def build_packed_rows() -> dict[str, Tensor]:
+    position_ids = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]])
+    input_ids = torch.arange(12).reshape(2, 6)
+    return {"input_ids": input_ids, "position_ids": position_ids, "labels": input_ids}
+
+
+@pytest.mark.parametrize("implementation", ["lmopt", "sdpa"])
+def test_a_batch_of_packed_documents_is_refused_where_they_would_be_read_as_one(
+    implementation: str, tmp_path: Path
+) -> None:
+    """Llama 4 hands no positions to its layers, so the attention function cannot tell."""
+    model = MODELS["llama4_text"].build(attn_implementation=implementation)
+    rows = build_packed_rows() | {"attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    data = [{name: tensor[i] for name, tensor in rows.items()} for i in range(2)]
+    args = LMOptArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, per_device_train_batch_size=2)
+    trainer = LMOptTrainer(model=model, args=args, train_dataset=data)
+    if implementation == "sdpa":
+        trainer.train()
+        return
+    with pytest.raises(ValueError, match=r"position_ids restart inside a row.*cu_seq_lens_q"):
+        trainer.train()
+
+
+def test_other_batches_pass() -> None:
+    rows = build_packed_rows()
+    check_packed_batch(rows)  # transformers separates these
+    boundaries = torch.tensor([0, 3, 12])
+    check_packed_batch(rows | {"attention_mask": torch.ones(2, 6), "cu_seq_lens_q": boundaries})
+    check_packed_batch(rows | {"attention_mask": torch.ones(2, 1, 6, 6, dtype=torch.bool)})
+    is_token = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    positions = (is_token.cumsum(1) - 1).masked_fill(is_token == 0, 1)  # as `generate` makes them
+    check_packed_batch({"attention_mask": is_token, "position_ids": positions})
+    check_packed_batch({"attention_mask": is_token, "position_ids": positions.expand(3, 2, 6)})

@@ -294,6 +294,19 @@ def test_positions_that_restart_keep_documents_apart_or_raise(name: str, others:
         logits_of(model, "lmopt", input_ids=input_ids, position_ids=position_ids, **others)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_compiled_model_keeps_documents_apart_where_it_cannot_raise(name: str) -> None:
+    input_ids, position_ids, documents = build_packed_row()
+    model = MODELS[name].build(attn_implementation="lmopt")
+    alone = torch.cat([model(input_ids=document).logits for document in documents], dim=1)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    packed = compiled(
+        input_ids=input_ids, position_ids=position_ids, attention_mask=torch.ones(1, 12), use_cache=False
+    )
+    close(packed.logits, alone, rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+
+
 def test_chunks_of_packed_documents_are_refused() -> None:
     input_ids, position_ids, _ = build_packed_row()
     boundaries = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
