@@ -2,57 +2,41 @@
 The compiled extension: one library from `csrc/`, built ahead of time (`setup.py`) or at first use, and loaded.
 
 The library `liblmopt` uses only the LibTorch stable ABI of torch 2.10 and no Python symbol, so one file serves every
-later torch and every Python. Sources in `csrc/cpu/` are compiled once per instruction set, and the best one that the
-processor has is chosen at run time (`csrc/cpu/capability.h`); all other sources are compiled once.
+later torch and every Python. What it is compiled from is in `extension_sources.py`. It has a CUDA part where that is
+wanted (`cuda_architectures.py`) and nvcc is found (`cuda_toolkit.py`).
 
-This file needs the standard library alone until [`load_extension`] runs, because `setup.py` reads it where torch is
-not installed. Linux only, for now. CUDA kernels are not built yet.
+A library's name has the digest of its sources and flags, and the architectures of its CUDA part, so that looking one
+up needs no compiler. Until [`load_extension`] runs, the standard library is enough, because `setup.py` reads this file
+where torch is not installed. Linux only, for now.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.util
 import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from .compilers import ExtensionUnavailable, find_compiler, find_torch, run_compiler
+from .cuda_architectures import SWITCH, covers, read_switch, wanted_architectures
+from .cuda_toolkit import (
+    HOW_TO_GET_NVCC,
+    NVCC_ADVICE,
+    check_architectures,
+    cudart_flags,
+    find_nvcc,
+    kernel_commands,
+)
+from .extension_sources import LINK_FLAGS, SOURCE_DIR, compile_commands, source_digest
+
 
 PACKAGE_DIR = Path(__file__).resolve().parent
-SOURCE_DIR = PACKAGE_DIR / "csrc"
-COMPILERS = ("g++", "c++", "clang++")
 MAX_COMPILE_JOBS = 2
-MAX_ERROR_LINES = 20
-
-TORCH_ABI = "0x020a000000000000"  # torch 2.10, the oldest one whose library loads the result
-COMPILE_FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", f"-DTORCH_TARGET_VERSION={TORCH_ABI}"),
-    # Square roots and selections can be vectorised only where they need not set errno or a floating-point exception.
-    *("-fno-math-errno", "-fno-trapping-math"),
-)
-LINK_FLAGS = ("-shared", "-s", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu")
-
-_AVX2 = ("-mavx2", "-mfma", "-mf16c")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
-# The names are namespaces in csrc/cpu/, too.
-INSTRUCTION_SETS = {"portable": (), "avx2": _AVX2, "avx512": _AVX512}
-# A file of csrc/cpu/ whose name ends so is compiled for that instruction set alone.
-OPTIONAL_INSTRUCTION_SETS = {"avx512_bf16": (*_AVX512, "-mavx512bf16")}
-
-
-class ExtensionUnavailable(RuntimeError):  # noqa: N818 - it says what is the case, as torch's own do
-    """The compiled extension cannot be had; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +47,13 @@ class LoadedExtension:
     Attributes:
         path (`Path`): the loaded library.
         cpu_capability (`str`): instruction set of its CPU kernels: `"portable"`, `"avx2"` or `"avx512"`.
+        cuda_architectures (`tuple[str, ...]`): those of its CUDA part, such as `("75", "120+ptx")`; none without one.
         origin (`str`): `"shipped"` (in the wheel), `"cached"` or, for example, `"built in 21 s"`.
     """
 
     path: Path
     cpu_capability: str
+    cuda_architectures: tuple[str, ...]
     origin: str
 
 
@@ -81,7 +67,8 @@ def load_extension() -> LoadedExtension:
     Loads the compiled operators into `torch.ops.lmopt`, and builds them first if no library for these sources exists.
 
     A second call costs nothing. Several processes may call it at once: one builds, the others wait for its library.
-    The cache is `$HF_LMOPT_CACHE`, or `hf_lmopt/` in `$XDG_CACHE_HOME` or `~/.cache`.
+    The cache is `$HF_LMOPT_CACHE`, or `hf_lmopt/` in `$XDG_CACHE_HOME` or `~/.cache`. Whether CUDA kernels are built
+    is decided in `cuda_architectures.py`.
 
     Returns:
         [`LoadedExtension`]: what was loaded, and where it came from.
@@ -91,6 +78,7 @@ def load_extension() -> LoadedExtension:
             a failing build is tried once.
         RuntimeError: if the environment variable `HF_LMOPT_CPU_CAPABILITY` names no instruction set, or one that this
             processor lacks.
+        ValueError: if `HF_LMOPT_CUDA` or `HF_LMOPT_CUDA_ARCHS` cannot be honoured.
     """
     global _loaded, _reason_unavailable
     with _lock:
@@ -116,130 +104,114 @@ def _load(path: Path, origin: str) -> LoadedExtension:
             f"The library {path} was {origin} but does not load: {error}. It needs torch 2.10 or newer and the "
             "processor type that it was built on. Delete it, so that the next process builds it anew."
         ) from error
-    return LoadedExtension(path, torch.ops.lmopt.cpu_capability(), origin)
+    return LoadedExtension(path, torch.ops.lmopt.cpu_capability(), architectures_of(path), origin)
 
 
 def _find_or_build_library() -> tuple[Path, str]:
-    """The library for these sources, and where it came from."""
-    shipped = shipped_library()
-    if shipped.exists():
-        return shipped, "shipped"
-    cached = cache_dir() / f"liblmopt-{source_digest()}.so"
-    if cached.exists():
-        return cached, "cached"  # no compiler is needed any more
+    """The library for these sources and this machine, and where it came from."""
+    plan = plan_library()
+    if plan.origin is not None:
+        return plan.path, plan.origin  # no compiler is needed any more
     compiler = find_compiler()
-    with _file_lock(cached.with_suffix(".lock")):
-        if cached.exists():
-            return cached, "cached"  # another process built it while this one waited
+    with _file_lock(plan.path.with_suffix(".lock")):
+        if plan.path.exists():
+            return plan.path, "cached"  # another process built it while this one waited
         start = time.perf_counter()
-        build_library(cached, compiler)
-        return cached, f"built in {time.perf_counter() - start:.0f} s"
+        build_library(plan.path, plan.cuda_architectures, compiler)
+        return plan.path, f"built in {time.perf_counter() - start:.0f} s"
 
 
-def shipped_library() -> Path:
-    """Where a wheel holds the library; named by its sources, so that one left from older sources is not loaded."""
-    return PACKAGE_DIR / f"liblmopt-{source_digest()}.so"
+# ---- Which library ----
 
 
-def build_library(path: Path, compiler: list[str] | None = None) -> None:
+@dataclass(frozen=True)
+class LibraryPlan:
     """
-    Compiles and links all sources into the library `path`, which appears only when it is complete.
+    The library that serves this machine.
 
-    Args:
-        path (`Path`):
-            File to write; an older one is replaced.
-        compiler (`list[str]`, *optional*):
-            Command of the C++ compiler; see [`find_compiler`].
+    Attributes:
+        path (`Path`): where it is, or will be.
+        cuda_architectures (`tuple[str, ...]`): those of its CUDA part; none without one.
+        origin (`str`, *optional*): `"shipped"` or `"cached"`; `None` if it has to be built.
+    """
+
+    path: Path
+    cuda_architectures: tuple[str, ...]
+    origin: str | None
+
+
+def plan_library() -> LibraryPlan:
+    """
+    Looks up which library [`load_extension`] takes, and builds nothing.
 
     Raises:
-        ExtensionUnavailable: with the compiler's message, or if torch's headers or a compiler are missing.
+        ExtensionUnavailable: if `HF_LMOPT_CUDA=1` asks for CUDA kernels and nvcc is missing, or torch is.
+        ValueError: if `HF_LMOPT_CUDA` or `HF_LMOPT_CUDA_ARCHS` cannot be honoured.
     """
-    compiler = compiler or find_compiler()
-    torch_dir = find_torch()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as folder:
-        commands = compile_commands(compiler, torch_dir, Path(folder))
-        with ThreadPoolExecutor(MAX_COMPILE_JOBS) as pool:
-            list(pool.map(_run, commands.values()))
-        library = Path(folder) / path.name
-        objects = [str(file) for file in commands]
-        _run([*compiler, *objects, f"-L{torch_dir / 'lib'}", *LINK_FLAGS, "-o", str(library)])
-        os.replace(library, path)
+    wanted = wanted_architectures(at_first_use=True, torch_has_cuda=torch_has_cuda())
+    if found := _find_library(wanted):
+        return found
+    buildable = _without_nvcc_none(wanted)
+    return _find_library(buildable) or LibraryPlan(cache_dir() / library_name(buildable), buildable, None)
 
 
-def compile_commands(compiler: list[str], torch_dir: Path, build_dir: Path) -> dict[Path, list[str]]:
-    """The command that makes each object file, by that file, the longest compilations first."""
-    commands = {}
-    for source in sorted(SOURCE_DIR.rglob("*.cpp"), key=lambda source: source.stat().st_size, reverse=True):
-        for instruction_set, machine_flags in _instruction_sets_of(source).items():
-            name = "-".join(source.relative_to(SOURCE_DIR).with_suffix("").parts)
-            target = build_dir / f"{name}.{instruction_set}.o"
-            flags = [*COMPILE_FLAGS, *machine_flags, f"-DLMOPT_INSTRUCTION_SET={instruction_set}"]
-            headers = [f"-I{SOURCE_DIR}", "-isystem", str(torch_dir / "include")]
-            names_in_messages = f"-fmacro-prefix-map={SOURCE_DIR}=csrc"
-            commands[target] = [*compiler, *flags, *headers, names_in_messages, "-c", str(source), "-o", str(target)]
-    return commands
-
-
-def _instruction_sets_of(source: Path) -> dict[str, tuple[str, ...]]:
-    """Which instruction sets a source is compiled for on this machine, with their flags."""
-    if "cpu" not in source.relative_to(SOURCE_DIR).parent.parts:
-        return {"any": ()}
-    is_x86 = platform.machine() in ("x86_64", "AMD64")
-    for name, flags in OPTIONAL_INSTRUCTION_SETS.items():
-        if source.stem.endswith(f"_{name}"):
-            return {name: flags} if is_x86 else {}
-    return INSTRUCTION_SETS if is_x86 else {"portable": ()}
-
-
-def source_digest() -> str:
-    """A short hash over sources and flags: equal if a library may be reused."""
-    digest = hashlib.sha256()
-    digest.update(repr((COMPILE_FLAGS, LINK_FLAGS, INSTRUCTION_SETS, OPTIONAL_INSTRUCTION_SETS)).encode())
-    digest.update(platform.machine().encode())
-    for source in sorted(path for path in SOURCE_DIR.rglob("*") if path.suffix in (".cpp", ".h")):
-        digest.update(str(source.relative_to(SOURCE_DIR)).encode())
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def find_compiler() -> list[str]:
+def cuda_architectures() -> tuple[str, ...]:
     """
-    The command of the C++ compiler: `$CXX`, else the first of g++, c++ and clang++ on the path.
+    Those in the library that is loaded, or that would be; none if it has no CUDA part. Raises as [`plan_library`].
+    """
+    return plan_library().cuda_architectures if _loaded is None else _loaded.cuda_architectures
+
+
+def architectures_ahead_of_time() -> tuple[str, ...]:
+    """
+    Those of a wheel that is built here; none for the CPU part alone.
 
     Raises:
-        ExtensionUnavailable: if there is none, or if the system is not Linux.
+        ExtensionUnavailable: if `HF_LMOPT_CUDA=1` asks for CUDA kernels and nvcc is missing.
+        ValueError: if `HF_LMOPT_CUDA` or `HF_LMOPT_CUDA_ARCHS` cannot be honoured.
     """
-    if sys.platform != "linux":
+    return _without_nvcc_none(wanted_architectures(at_first_use=False))
+
+
+def _without_nvcc_none(wanted: tuple[str, ...]) -> tuple[str, ...]:
+    if not wanted or find_nvcc() is not None:
+        return wanted
+    if read_switch() == "1":
         raise ExtensionUnavailable(
-            f"The extension cannot be built on {sys.platform!r}: it is written for Linux so far. Train without it, or "
-            "on a Linux machine."
+            f"{SWITCH}=1 asks for CUDA kernels, and nvcc was not found, which compiles them. {HOW_TO_GET_NVCC}; or "
+            f"unset {SWITCH} for the CPU part alone."
         )
-    chosen = os.environ.get("CXX")
-    candidates = [shlex.split(chosen)] if chosen else [[name] for name in COMPILERS]
-    for command in candidates:
-        if shutil.which(command[0]):
-            return command
-    raise ExtensionUnavailable(
-        f"No C++ compiler: {'CXX=' + repr(chosen) if chosen else ', '.join(COMPILERS)} cannot be run. One that knows "
-        "C++17 is needed, once. Install g++, or set CXX to its path."
-    )
+    return ()
 
 
-def find_torch() -> Path:
-    """
-    The folder of torch, which has the headers in `include/`. It is looked up, not imported.
+def _find_library(wanted: tuple[str, ...]) -> LibraryPlan | None:
+    shipped, cached = shipped_library(), cache_dir() / library_name(wanted)
+    if shipped is not None and covers(architectures_of(shipped), wanted):
+        return LibraryPlan(shipped, architectures_of(shipped), "shipped")
+    return LibraryPlan(cached, wanted, "cached") if cached.exists() else None
 
-    Raises:
-        ExtensionUnavailable: if torch is not installed.
-    """
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        raise ExtensionUnavailable(
-            "torch is not installed here, and the extension needs its headers. Install torch 2.10 or newer, and build "
-            "with `pip install --no-build-isolation` if this came from pip."
-        )
-    return Path(spec.origin).parent
+
+def shipped_library() -> Path | None:
+    """The library in the wheel; one left from older sources is not taken."""
+    names = (library_name(architectures_of(path)) for path in PACKAGE_DIR.glob("liblmopt-*.so"))
+    return next((PACKAGE_DIR / name for name in names if (PACKAGE_DIR / name).exists()), None)
+
+
+def library_name(architectures: tuple[str, ...] = ()) -> str:
+    """Such as `liblmopt-0123456789abcdef-sm75.120+ptx.so`."""
+    suffix = f"-sm{'.'.join(architectures)}" if architectures else ""
+    return f"liblmopt-{source_digest(with_cuda=bool(architectures))}{suffix}.so"
+
+
+def architectures_of(library: Path) -> tuple[str, ...]:
+    """The CUDA architectures in a library, by its name."""
+    _, _, names = library.name.removesuffix(".so").partition("-sm")
+    return tuple(names.split(".")) if names else ()
+
+
+def torch_has_cuda() -> bool:
+    """Whether the installed torch is a build with CUDA."""
+    return (find_torch() / "lib" / "libc10_cuda.so").exists()
 
 
 def cache_dir() -> Path:
@@ -247,6 +219,66 @@ def cache_dir() -> Path:
     if chosen := os.environ.get("HF_LMOPT_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_lmopt"
+
+
+# ---- Building it ----
+
+
+def build_library(path: Path, architectures: tuple[str, ...] = (), compiler: list[str] | None = None) -> None:
+    """
+    Compiles and links all sources into the library `path`, which appears only when it is complete.
+
+    Args:
+        path (`Path`):
+            File to write; an older one is replaced.
+        architectures (`tuple[str, ...]`, *optional*, defaults to `()`):
+            Those of the CUDA part; without any it is left out.
+        compiler (`list[str]`, *optional*):
+            Command of the C++ compiler; see [`find_compiler`].
+
+    Raises:
+        ExtensionUnavailable: with the compiler's message, or if torch's headers, a compiler or nvcc are missing, or
+            nvcc does not know an architecture.
+    """
+    compiler = compiler or find_compiler()
+    torch_dir = find_torch()
+    nvcc = _find_nvcc_for(architectures)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as folder:
+        build_dir, library = Path(folder), Path(folder) / path.name
+        kernels = {} if nvcc is None else kernel_commands(nvcc, compiler, SOURCE_DIR, build_dir, architectures)
+        others = compile_commands(compiler, torch_dir, build_dir, with_cuda=nvcc is not None)
+        with ThreadPoolExecutor(MAX_COMPILE_JOBS) as pool:
+            # Kernels take longest. The first error that is read is raised, after the jobs that have begun.
+            jobs = [pool.submit(run_compiler, command, NVCC_ADVICE) for command in kernels.values()]
+            jobs += [pool.submit(run_compiler, command) for command in others.values()]
+            _wait_for(jobs)
+        cudart = [] if nvcc is None else ["-Wl,--as-needed", *cudart_flags(nvcc)]
+        objects = map(str, [*kernels, *others])
+        run_compiler([*compiler, *objects, f"-L{torch_dir / 'lib'}", *LINK_FLAGS, *cudart, "-o", str(library)])
+        os.replace(library, path)
+
+
+def _find_nvcc_for(architectures: tuple[str, ...]) -> Path | None:
+    nvcc = find_nvcc() if architectures else None
+    if nvcc is not None:
+        check_architectures(nvcc, architectures)
+        cudart_flags(nvcc)  # raises now rather than after minutes
+    elif architectures:
+        raise ExtensionUnavailable(
+            f"nvcc was not found, which compiles for {', '.join(architectures)}. {HOW_TO_GET_NVCC}."
+        )
+    return nvcc
+
+
+def _wait_for(jobs: list[Future[str]]) -> None:
+    try:
+        for job in jobs:
+            job.result()
+    except ExtensionUnavailable:
+        for job in jobs:
+            job.cancel()
+        raise
 
 
 @contextlib.contextmanager
@@ -265,21 +297,3 @@ def _file_lock(path: Path) -> Iterator[None]:
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _run(command: list[str]) -> str:
-    """Runs a compiler; returns what it prints."""
-    try:
-        result = subprocess.run(command, capture_output=True, text=True)
-    except OSError as error:
-        raise ExtensionUnavailable(
-            f"{command[0]!r} cannot be run: {error}. A C++ compiler is needed. Install g++, or set CXX to its path."
-        ) from error
-    if result.returncode != 0:
-        message = "\n".join(result.stderr.splitlines()[:MAX_ERROR_LINES])
-        raise ExtensionUnavailable(
-            f"`{command[0]} ... {Path(command[-1]).name}` failed with status {result.returncode}. A compiler that "
-            "knows C++17 is needed (g++ 10 or clang++ 10, or newer): install one, or set CXX to its path. Its "
-            f"message:\n{message}"
-        )
-    return result.stdout

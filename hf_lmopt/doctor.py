@@ -1,7 +1,8 @@
 """
 `hf-lmopt doctor`: what of the compiled extension works on this machine, and for a model, in a line per fact.
 
-The facts are those of `attention/backends.py` and `attention/model_support.py`; this file finds the words.
+The facts are those of `attention/backends.py`, `attention/support.py`, `attention/model_support.py` and
+`cuda_support.py`; this file finds the words.
 """
 
 from __future__ import annotations
@@ -23,19 +24,21 @@ from transformers.utils import logging
 
 from . import TESTED_TRANSFORMERS
 from .attention.backends import (
-    FEATURES,
     OVERRIDE,
     CpuKernels,
     ExtensionState,
     cpu_instructions,
     find_extension,
-    name_of_type,
     why_no_backend,
 )
 from .attention.choice import build_skeleton
 from .attention.model_support import why_attention_is_ignored
-from .attention.ops import COMPILED_TYPES
+from .attention.support import FEATURES, GENERATIONS, TYPES, describe_features, name_of_type
 from .attention.transformers_bridge import ATTN_IMPLEMENTATION
+from .build_extension import ExtensionUnavailable, cuda_architectures
+from .cuda_architectures import cards_in_machine, code_serving
+from .cuda_support import code_for_device, why_no_cuda_part
+from .cuda_toolkit import HOW_TO_GET_NVCC, find_nvcc, nvcc_release
 from .publishing.results import describe_machine
 
 
@@ -66,7 +69,8 @@ def examine(model_name: str | None = None, build: bool = False) -> tuple[str, bo
     model = None if model_name is None else _build_model(model_name)  # a wrong name raises before anything is built
     extension = find_extension(build)
     obstacle = None if extension.is_usable else "the extension is not there and cannot be built, as said above"
-    lines = [*_describe_machine(extension), "", *_describe_backends(extension.kernels)]
+    lines = [*_describe_machine(extension), *_describe_cuda(), "", *_describe_backends(extension.kernels)]
+    lines += ["", *_describe_support()]
     if model is not None:
         lines += ["", *_describe_model(model, extension.kernels)]
         obstacle = why_attention_is_ignored(model) or why_no_backend("cpu", _dtype_of(model)) or obstacle
@@ -98,13 +102,52 @@ def _judge_transformers() -> str:
     return f"{'inside' if is_tested else 'outside'} the tested range ({lowest} to {newest})"
 
 
+def _describe_cuda() -> Iterator[str]:
+    nvcc = find_nvcc()
+    try:
+        yield _line("nvcc", f"{nvcc_release(nvcc)}: {nvcc}" if nvcc else f"not found. {HOW_TO_GET_NVCC}")
+        architectures = cuda_architectures()
+        codes = ", ".join(f"sm_{name}" for name in architectures)
+        yield _line("cuda part", f"for {codes}" if codes else f"none: {why_no_cuda_part()}")
+    except ExtensionUnavailable as error:
+        architectures = ()
+        yield _line("cuda part", f"none: {error}")
+    for card in cards_in_machine():
+        code = code_serving(card.capability, architectures) or "nothing compiled"
+        yield _line("card", f"{card.name} (sm_{card.capability}), which runs {code}")
+    if not cards_in_machine():
+        yield _line("card", "none that NVIDIA's driver tells of")
+
+
 def _describe_backends(kernels: CpuKernels) -> Iterator[str]:
-    for dtype in (*COMPILED_TYPES, torch.float64):
+    for dtype in (*TYPES, torch.float64):
         reason = why_no_backend("cpu", dtype)
         yield _line(f"cpu, {name_of_type(dtype)}", _explain_none(reason) if reason else kernels.serving(dtype))
-    yield _line("cuda, any type", _explain_none(why_no_backend("cuda")))
-    for name in dict.fromkeys(map(kernels.serving, COMPILED_TYPES)):
+    yield from _describe_cuda_backends()
+    for name in dict.fromkeys(map(kernels.serving, TYPES)):
         yield _line(name, f"{', '.join(FEATURES)}; forward and backward")
+
+
+def _describe_cuda_backends() -> Iterator[str]:
+    try:
+        reason = why_no_backend("cuda")
+    except ExtensionUnavailable as error:
+        reason = str(error)
+    if reason:
+        yield _line("cuda, any type", _explain_none(reason))
+        return
+    for dtype in TYPES:
+        reason = why_no_backend("cuda", dtype)
+        yield _line(f"cuda, {name_of_type(dtype)}", _explain_none(reason) if reason else f"{code_for_device()}")
+
+
+def _describe_support() -> Iterator[str]:
+    """The support matrix, a line per generation of devices."""
+    for generation in GENERATIONS:
+        code = f"sm_{generation.lowest_capability}: " if generation.lowest_capability else ""
+        types = ", ".join(map(name_of_type, generation.dtypes))
+        features = f"{describe_features(generation)} features, forward and backward"
+        yield _line(generation.name, f"{code}{types}; {features}; {generation.evidence}")
 
 
 def _explain_none(reason: str | None) -> str:

@@ -9,23 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from hf_lmopt import build_extension
-from hf_lmopt.build_extension import (
-    ExtensionUnavailable,
-    compile_commands,
-    find_compiler,
-    find_torch,
-    load_extension,
-    source_digest,
-)
+from hf_lmopt import build_extension, extension_sources
+from hf_lmopt.build_extension import ExtensionUnavailable, library_name, load_extension
+from hf_lmopt.compilers import find_compiler, find_torch
+from hf_lmopt.extension_sources import compile_commands, source_digest
 
 
-# Reads the file itself, which spares the import of the whole package.
+# Reads the files themselves, which spares the import of the whole package.
 LOAD = f"""
-import importlib.util, json, sys
-spec = importlib.util.spec_from_file_location("build_extension", {build_extension.__file__!r})
-module = sys.modules["build_extension"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
+import importlib, json, sys, types
+sources = sys.modules["sources"] = types.ModuleType("sources")
+sources.__path__ = [{str(build_extension.PACKAGE_DIR)!r}]
+module = importlib.import_module("sources.build_extension")
 assert "torch" not in sys.modules
 loaded = module.load_extension()
 print(json.dumps([str(loaded.path), loaded.cpu_capability, loaded.origin]))
@@ -114,7 +109,7 @@ def test_what_is_missing_is_named(nothing_loaded: pytest.MonkeyPatch, variable: 
 def test_a_library_in_the_cache_needs_no_compiler(nothing_loaded: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nothing_loaded.setenv("HF_LMOPT_CACHE", str(tmp_path))
     nothing_loaded.setenv("CXX", "no-such-compiler")
-    library = tmp_path / f"liblmopt-{source_digest()}.so"
+    library = tmp_path / library_name()
     library.touch()  # empty: found, but nothing that loads
     with pytest.raises(ExtensionUnavailable, match=r"was cached but does not load"):
         load_extension()
@@ -134,15 +129,15 @@ def test_a_missing_torch_is_named(nothing_loaded: pytest.MonkeyPatch) -> None:
 
 def test_a_change_of_sources_or_flags_changes_the_digest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     digests = [source_digest()]
-    shutil.copytree(build_extension.SOURCE_DIR, tmp_path / "csrc")
-    monkeypatch.setattr(build_extension, "SOURCE_DIR", tmp_path / "csrc")
+    shutil.copytree(extension_sources.SOURCE_DIR, tmp_path / "csrc")
+    monkeypatch.setattr(extension_sources, "SOURCE_DIR", tmp_path / "csrc")
     assert source_digest() == digests[0]
     with (tmp_path / "csrc" / "parallel.h").open("a") as file:
         file.write("\n")
     digests.append(source_digest())
     (tmp_path / "csrc" / "new.cpp").touch()
     digests.append(source_digest())
-    monkeypatch.setattr(build_extension, "COMPILE_FLAGS", ("-O0",))
+    monkeypatch.setattr(extension_sources, "COMPILE_FLAGS", ("-O0",))
     digests.append(source_digest())
     assert len(set(digests)) == len(digests)
 
@@ -160,16 +155,6 @@ def test_an_instruction_set_shares_no_function_with_the_rest(tmp_path: Path) -> 
         assert [name for name in shared if f"lmopt::{instruction_set}::" not in name] == [], path.name
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_the_cuda_kernels_compile_to_ptx(tmp_path: Path) -> None:
-    source = build_extension.SOURCE_DIR / "cuda" / "fused_step.cu"
-    flags = ["-std=c++17", "-O3", "-arch=compute_80", "-ptx", f"-I{build_extension.SOURCE_DIR}"]
-    subprocess.run(["nvcc", *flags, source, "-o", tmp_path / "fused_step.ptx"], check=True)
-    ptx = (tmp_path / "fused_step.ptx").read_text()
-    assert ptx.count(".entry") == 7  # every rule but MARS
-    assert ".f64" not in ptx
-
-
 @pytest.mark.full
 def test_a_wheel_with_the_library_needs_no_cache(tmp_path: Path) -> None:
     root = build_extension.PACKAGE_DIR.parent
@@ -178,10 +163,10 @@ def test_a_wheel_with_the_library_needs_no_cache(tmp_path: Path) -> None:
         shutil.copy(root / name, tmp_path / "source")
     pip = [sys.executable, "-m", "pip", "--quiet"]
     wheel = [*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), str(tmp_path / "source")]
-    subprocess.run(wheel, check=True, env=os.environ | {"HF_LMOPT_BUILD": "1"})
+    subprocess.run(wheel, check=True, env=os.environ | {"HF_LMOPT_BUILD": "1", "HF_LMOPT_CUDA": "0"})
     (file,) = tmp_path.glob("hf_lmopt-*-py3-none-linux_*.whl")
     shutil.unpack_archive(file, tmp_path / "installed", "zip")
-    script = LOAD.replace(build_extension.__file__, str(tmp_path / "installed" / "hf_lmopt" / "build_extension.py"))
+    script = LOAD.replace(str(build_extension.PACKAGE_DIR), str(tmp_path / "installed" / "hf_lmopt"))
     env = os.environ | {"HF_LMOPT_CACHE": str(tmp_path / "cache"), "CXX": "/bin/false"}
     output = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, env=env).stdout
     assert json.loads(output)[2] == "shipped"

@@ -10,10 +10,11 @@ import torch
 from tiny_models import tiny_bert_classifier
 from transformers import GemmaConfig
 
-from hf_lmopt import build_extension
+from hf_lmopt import build_extension, cuda_architectures, cuda_support, doctor
 from hf_lmopt.attention.backends import find_extension
 from hf_lmopt.build_extension import load_extension
 from hf_lmopt.cli import main
+from hf_lmopt.cuda_architectures import Card
 from hf_lmopt.doctor import UnknownModel, examine
 
 
@@ -39,7 +40,8 @@ def test_the_machine_is_described_a_line_per_fact(capsys: pytest.CaptureFixture[
     assert facts["cpu, float32"] == load_extension().cpu_capability
     assert facts["cpu, bfloat16"] == kernels.serving(torch.bfloat16)
     assert facts["cpu, float64"].startswith("none, since ")
-    assert facts["cuda, any type"].startswith("none, since ")
+    if not torch.cuda.is_available():
+        assert facts["cuda, any type"].startswith("none, since ")
     assert facts[facts["cpu, float32"]].startswith("causal, windows, masks, ")
     assert text.splitlines()[-1].startswith("lmopt works: hf_lmopt.register_attention()")
 
@@ -54,6 +56,53 @@ def test_an_override_that_lowers_the_kernels_is_named(monkeypatch: pytest.Monkey
     assert "which HF_LMOPT_CPU_CAPABILITY rules out" in read(text)["capability"]
     assert read(text)["cpu, bfloat16"] == "portable"
     assert "lmopt will work, once it is built" in text
+
+
+def test_the_support_matrix_has_a_line_per_generation_and_says_what_was_not_run() -> None:
+    facts = read(examine()[0])
+    assert facts["CPU"] == "float32, bfloat16, float16; all features, forward and backward; tested"
+    assert facts["Turing"] == "sm_75: float16; all features, forward and backward; checked at PTX level"
+    for name in ("Ampere", "Ada", "Hopper", "Blackwell"):
+        assert "bfloat16, float16" in facts[name]
+        assert facts[name].endswith("checked at PTX level")
+
+
+def pretend_cards(monkeypatch: pytest.MonkeyPatch, *cards: Card) -> None:
+    for module in (doctor, cuda_architectures, cuda_support):
+        monkeypatch.setattr(module, "cards_in_machine", lambda: cards)
+
+
+def test_cards_nvcc_and_the_code_that_serves_them_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_LMOPT_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_LMOPT_CUDA_ARCHS", "75;80")
+    pretend_cards(monkeypatch, Card("RTX 3090", 86), Card("H100", 90))
+    for module in (doctor, build_extension):
+        monkeypatch.setattr(module, "find_nvcc", lambda: Path("/cuda/bin/nvcc"))
+    monkeypatch.setattr(doctor, "nvcc_release", lambda nvcc: "13.0")
+    monkeypatch.setattr(build_extension, "_loaded", None)
+    text, _ = examine()
+    facts = read(text)
+    assert facts["nvcc"] == "13.0: /cuda/bin/nvcc"
+    assert facts["cuda part"] == "for sm_75, sm_80"
+    assert "RTX 3090 (sm_86), which runs sm_80" in text
+    assert "H100 (sm_90), which runs nothing compiled" in text
+    assert " and nvcc, for sm_75, sm_80, into " in facts["extension"]
+
+
+def test_without_nvcc_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_LMOPT_CACHE", str(tmp_path))
+    pretend_cards(monkeypatch, Card("Tesla T4", 75))
+    for module in (build_extension, cuda_support):
+        monkeypatch.setattr(module, "torch_has_cuda", lambda: True)
+    for module in (doctor, build_extension):
+        monkeypatch.setattr(module, "find_nvcc", lambda: None)
+    monkeypatch.setattr(build_extension, "_loaded", None)
+    text, works = examine()
+    facts = read(text)
+    assert works
+    assert facts["nvcc"].startswith("not found. Install NVIDIA's CUDA toolkit")
+    assert facts["cuda part"].startswith("none: nvcc was not found, which compiles it. Install NVIDIA's CUDA toolkit")
+    assert facts["card"] == "Tesla T4 (sm_75), which runs nothing compiled"
 
 
 def test_versions_outside_the_range_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

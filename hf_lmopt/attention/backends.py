@@ -22,9 +22,10 @@ from ..build_extension import (
     find_compiler,
     find_torch,
     load_extension,
-    shipped_library,
+    plan_library,
 )
-from .ops import COMPILED_TYPES
+from ..cuda_support import capability_of, why_no_code
+from .support import CPU, generation_of, why_no_type
 
 
 OVERRIDE = "HF_LMOPT_CPU_CAPABILITY"
@@ -38,19 +39,6 @@ CAPABILITIES: dict[str, tuple[str, ...]] = {
     "avx512": ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
     BF16_PRODUCTS: ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"),
 }
-# All kernels have all of them, forward and backward, for every type.
-FEATURES = (
-    "causal",
-    "windows",
-    "masks",
-    "bias",
-    "softcap",
-    "sinks",
-    "dropout",
-    "packing",
-    "grouped heads",
-    "decoding",
-)
 
 
 @dataclass(frozen=True)
@@ -104,10 +92,9 @@ def find_extension(build: bool = False) -> ExtensionState:
         ValueError: if `HF_LMOPT_CPU_CAPABILITY` names no capability, or one that the processor lacks.
     """
     kernels = predict_cpu_kernels()
-    # Libraries in both places have the digest of their sources in the name.
-    exists = shipped_library().exists() or (cache_dir() / shipped_library().name).exists()
     try:
-        if exists or build:
+        plan = plan_library()
+        if plan.origin is not None or build:
             loaded = load_extension()
             chosen = BF16_PRODUCTS if torch.ops.lmopt.cpu_has_avx512_bf16() else loaded.cpu_capability
             origin = f"{loaded.origin}: {loaded.path}"
@@ -117,8 +104,9 @@ def find_extension(build: bool = False) -> ExtensionState:
         _check_writable(cache_dir())
     except ExtensionUnavailable as error:
         return ExtensionState(False, False, str(error), kernels)
-    plan = f"not built yet; the first use builds it with {compiler}, into {cache_dir()}"
-    return ExtensionState(True, False, plan, kernels)
+    nvcc = f" and nvcc, for sm_{', sm_'.join(plan.cuda_architectures)}" if plan.cuda_architectures else ""
+    what = f"not built yet; the first use builds it with {compiler}{nvcc}, into {cache_dir()}"
+    return ExtensionState(True, False, what, kernels)
 
 
 def predict_cpu_kernels() -> CpuKernels:
@@ -151,17 +139,25 @@ def cpu_instructions() -> list[str]:
 
 
 def why_no_backend(device_type: str, dtype: torch.dtype | None = None) -> str | None:
-    """Why nothing compiled serves tensors of this device and type; None if something does."""
-    if device_type not in ("cpu", "meta"):
-        return f"the compiled attention runs on CPUs, and has no kernel for {device_type} yet"
-    if dtype is not None and dtype not in COMPILED_TYPES:
-        *others, last = map(name_of_type, COMPILED_TYPES)
-        return f"the compiled attention takes {', '.join(others)} and {last}, and no {name_of_type(dtype)}"
-    return None
+    """
+    Why nothing compiled serves tensors of this device and type; `None` if something does.
 
+    Args:
+        device_type (`str`):
+            Such as `"cpu"`, or `"cuda"` for the current card.
+        dtype (`torch.dtype`, *optional*):
+            Of query, key and value, under autocast its type; without it any type counts.
 
-def name_of_type(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    Raises:
+        ExtensionUnavailable: if `HF_LMOPT_CUDA=1` asks for CUDA kernels and they cannot be built.
+        ValueError: if `HF_LMOPT_CUDA` or `HF_LMOPT_CUDA_ARCHS` cannot be honoured.
+    """
+    if device_type not in ("cpu", "meta", "cuda"):
+        return f"the compiled attention runs on CPUs and on CUDA, and has no kernel for {device_type}"
+    if device_type == "cuda" and (reason := why_no_code()):
+        return reason
+    generation = generation_of(capability_of()) if device_type == "cuda" else CPU
+    return None if dtype is None else why_no_type(generation, dtype)
 
 
 def _check_writable(folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..cuda_support import code_for_device
 from .backends import find_extension, why_no_backend
 from .model_support import why_attention_is_ignored
 from .transformers_bridge import ATTN_IMPLEMENTATION, register_attention
@@ -36,7 +37,12 @@ class AttentionChoice:
         return f"Attention: {self.implementation}, {self.reason}"
 
 
-def choose_attention(requested: str, skeleton: PreTrainedModel, device_type: str = "cpu") -> AttentionChoice:
+def choose_attention(
+    requested: str,
+    skeleton: PreTrainedModel,
+    device_type: str = "cpu",
+    autocast_dtype: torch.dtype | None = None,
+) -> AttentionChoice:
     """
     Chooses an attention implementation; `"lmopt"` is registered with transformers if it is chosen, and built if need
     be.
@@ -49,21 +55,24 @@ def choose_attention(requested: str, skeleton: PreTrainedModel, device_type: str
             The model with any implementation; see [`build_skeleton`].
         device_type (`str`, *optional*, defaults to `"cpu"`):
             Where the model will run.
+        autocast_dtype (`torch.dtype`, *optional*):
+            What it will run under by `torch.autocast`, if it will. Otherwise attention is given the model's own type.
 
     Raises:
-        ValueError: if `"lmopt"` was asked for and cannot be had, or `HF_LMOPT_CPU_CAPABILITY` cannot be honoured.
+        ValueError: if `"lmopt"` was asked for and cannot be had, or `HF_LMOPT_CPU_CAPABILITY`, `HF_LMOPT_CUDA` or
+            `HF_LMOPT_CUDA_ARCHS` cannot be honoured.
     """
     if requested not in ("auto", ATTN_IMPLEMENTATION):
         return AttentionChoice(requested, "as asked for")
     default = skeleton.config._attn_implementation
-    obstacle = why_no_backend(device_type) or why_attention_is_ignored(skeleton)
+    obstacle = why_no_backend(device_type, autocast_dtype or skeleton.dtype) or why_attention_is_ignored(skeleton)
     if obstacle is None:
         extension = find_extension(build=True)
         if extension.is_loaded:
             register_attention()
-            return AttentionChoice(
-                ATTN_IMPLEMENTATION, f"compiled for this processor ({extension.kernels.capability})"
-            )
+            on_processor = f"processor ({extension.kernels.capability})"
+            where = f"card ({code_for_device()})" if device_type == "cuda" else on_processor
+            return AttentionChoice(ATTN_IMPLEMENTATION, f"compiled for this {where}")
         obstacle, *_ = extension.explanation.splitlines()  # of a failed build, without the compiler's messages
     if requested == ATTN_IMPLEMENTATION:
         raise ValueError(

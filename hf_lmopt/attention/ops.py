@@ -1,5 +1,5 @@
 """
-Attention by the compiled extension: what [`attention_reference`] defines, for training, on a CPU.
+Attention by the compiled extension: what [`attention_reference`] defines, for training, on a CPU or a CUDA device.
 
 Two operators, `torch.ops.lmopt.attention_forward` and `attention_backward`, do the work, so that `torch.compile` and
 activation checkpointing see one step each way. This file checks what can be checked without reading a tensor, tells
@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..build_extension import load_extension
+from ..cuda_support import capability_of, why_no_code
 from .inputs import Window, check_attention_inputs
+from .support import CPU, generation_of, why_no_type
 
 
-COMPILED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST = torch.finfo(torch.float32).tiny
 NUM_TENSORS = 8  # first inputs of attention_forward; the last one is the seed
 
@@ -70,22 +71,24 @@ def attention(
 
     Args:
         query (`torch.Tensor`):
-            `[B, Hq, Lq, D]`, float32, bfloat16 or float16, on the CPU.
+            `[B, Hq, Lq, D]`, float32, bfloat16 or float16 on the CPU; on a CUDA device bfloat16 or float16, on Turing
+            float16 alone, and with D up to 256.
         key (`torch.Tensor`):
             `[B, Hkv, Lk, D]`.
         value (`torch.Tensor`):
             `[B, Hkv, Lk, D]`.
         mask, bias, sinks, cu_seqlens_q, cu_seqlens_k, scale, is_causal, window, softcap, dropout_p, dropout_seed:
-            As [`attention_reference`] takes them. The seed, where it is a tensor, and the boundaries are on the CPU.
+            As [`attention_reference`] takes them. The seed, where it is a tensor, may also be on the CPU. On a CUDA
+            device neither is read by the host, so as not to wait for it: what lies outside the lengths is cut off.
 
     Returns:
         `tuple` of `torch.Tensor`: the output, `[B, Hq, Lq, D]` of the query's type, and the logsumexp, `[B, Hq, Lq]`,
         float32. Both are differentiable.
 
     Raises:
-        ValueError: for a shape or number that is not allowed, and for tensors that are not on the CPU.
-        TypeError: for a type that is not allowed, float64 too.
-        RuntimeError: for boundaries or a seed in a tensor that are out of range, and where memory is short.
+        ValueError: for a shape or number that is not allowed, and for a device that no kernel serves.
+        TypeError: for a type that is not allowed, or not on this device; float64 on none.
+        RuntimeError: for boundaries or a seed in a tensor on the CPU that are out of range, and where memory is short.
         ExtensionUnavailable: if the extension cannot be built or loaded.
     """
     load_operators()
@@ -140,21 +143,39 @@ def load_operators() -> None:
 
 
 def _check_backend(query: Tensor, softcap: float | None) -> None:
-    if query.dtype not in COMPILED_TYPES:
+    if reason := _why_no_kernel(query.device.type, query.device.index):
+        raise ValueError(
+            f"query is on {query.device}, but {reason}. Move all tensors to the CPU, or use attention_reference (with "
+            "transformers: attn_implementation='sdpa')."
+        )
+    if reason := _why_no_kernel(query.device.type, query.device.index, query.dtype):
         raise TypeError(
-            f"query is of type {query.dtype}. The compiled attention takes float32, bfloat16 and float16: convert it, "
-            "or use attention_reference (with transformers: attn_implementation='sdpa')."
+            f"query is of type {query.dtype}, but {reason}. Or use attention_reference (with transformers: "
+            "attn_implementation='sdpa')."
         )
     if softcap is not None and softcap < SMALLEST:
         raise ValueError(
             f"softcap={softcap} is below what float32 represents, {SMALLEST:.3g}. The compiled attention computes in "
             "float32: give a larger one, None for no cap, or use attention_reference in float64."
         )
-    if query.device.type not in ("cpu", "meta"):
-        raise ValueError(
-            f"query is on {query.device}. The compiled attention runs on the CPU: move all tensors there, or use "
-            "attention_reference (with transformers: attn_implementation='sdpa')."
-        )
+
+
+@torch.compiler.assume_constant_result
+def _why_no_kernel(device_type: str, device_index: int | None, dtype: torch.dtype | None = None) -> str | None:
+    """Why no kernel serves tensors of a device, or of a type that is on it."""
+    return _find_why_no_kernel(device_type, device_index, dtype)
+
+
+@functools.cache
+def _find_why_no_kernel(device_type: str, device_index: int | None, dtype: torch.dtype | None) -> str | None:
+    if device_type not in ("cpu", "meta", "cuda"):
+        return f"the compiled attention has no kernel for {device_type}"
+    if device_type != "cuda":
+        return None if dtype is None else why_no_type(CPU, dtype)
+    device = device_type if device_index is None else f"{device_type}:{device_index}"
+    if dtype is None:
+        return why_no_code(device)
+    return why_no_type(generation_of(capability_of(device)), dtype)
 
 
 def _convert_under_autocast(

@@ -40,7 +40,7 @@ def _explain(optimizer: MomentumOptimizer, group: dict[str, Any], rule: Any, par
     if group["implementation"] in ("foreach", "single"):
         return f"{group['implementation']}, as asked for"
     reason = fused.why_not(rule, parameter, parameter.dtype)
-    return f"fused step ({fused.capability()})" if reason is None else f"foreach, since {reason}"
+    return f"fused step ({fused.capability(parameter.device)})" if reason is None else f"foreach, since {reason}"
 
 
 def optimizer_table() -> str:

@@ -52,8 +52,8 @@ def test_other_names_are_taken_as_they_are() -> None:
     ("skeleton", "device_type", "default", "reason"),
     [
         (tiny_xlnet_classifier(), "cpu", "eager", "the attention layers of XLNetForSequenceClassification do not ask"),
-        (tiny_bert_classifier(), "cuda", "sdpa", "the compiled attention runs on CPUs, and has no kernel for cuda"),
-        (tiny_gpt_oss(), "cuda", "eager", "runs on CPUs"),
+        (tiny_bert_classifier(), "xpu", "sdpa", "the compiled attention runs on CPUs and on CUDA, and has no kernel"),
+        (tiny_gpt_oss(), "xpu", "eager", "runs on CPUs and on CUDA"),
     ],
 )
 def test_elsewhere_the_models_default_is_chosen_and_lmopt_is_refused_for_the_same_reason(

@@ -534,7 +534,7 @@ def test_a_softcap_that_float32_takes_for_none_is_refused() -> None:
 
 def test_float64_is_refused_with_the_way_out() -> None:
     arguments = {name: tensor.double() for name, tensor in valid().items()}
-    with pytest.raises(TypeError, match=r"torch.float64. The compiled attention takes .* use attention_reference"):
+    with pytest.raises(TypeError, match=r"torch.float64, but the compiled attention takes .* use attention_reference"):
         attention(**arguments)
 
 

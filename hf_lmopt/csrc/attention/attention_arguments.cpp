@@ -31,10 +31,16 @@ Sizes sizes_as_vector(const Tensor& tensor) {
 
 const char* name_of(ScalarType type) { return torch::headeronly::toString(type); }
 
-void check_on_cpu(const char* name, const Tensor& tensor) {
+void check_device(const char* name, const Tensor& tensor, const Tensor& query) {
   STD_TORCH_CHECK(
-      tensor.is_cpu(), name, " is not on the CPU, but others of the call are. All tensors must be on one device: ",
+      is_on_same_device(tensor, query), name, " is not on the device of query. All tensors must be on one device: ",
       "move it there.");
+}
+
+void check_type(const char* name, const Tensor& tensor, ScalarType type) {
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == type, name, " is of type ", name_of(tensor.scalar_type()), ". It must be of type ",
+      name_of(type), ": convert it.");
 }
 
 void check_projections(const AttentionArguments& arguments) {
@@ -53,9 +59,8 @@ void check_projections(const AttentionArguments& arguments) {
       "and the query heads a multiple of the key heads: leave key and value unrepeated.");
   const Sizes sizes = {
       arguments.batch_size(), arguments.num_key_heads(), arguments.num_keys(), arguments.head_size()};
-  check_tensor("query", query, type, sizes_as_vector(query));
-  check_tensor("key", arguments.key, type, sizes);
-  check_tensor("value", arguments.value, type, sizes);
+  check_tensor("key", arguments.key, query, type, sizes);
+  check_tensor("value", arguments.value, query, type, sizes);
   constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max();
   STD_TORCH_CHECK(
       arguments.num_queries() <= kMaxLength && arguments.num_keys() <= kMaxLength, "query has shape ",
@@ -65,7 +70,6 @@ void check_projections(const AttentionArguments& arguments) {
 // The dimensions before `first_fixed` may be 1.
 void check_broadcast(
     const char* name, const Tensor& tensor, const Sizes& score_sizes, const char* letters, int first_fixed) {
-  check_on_cpu(name, tensor);
   bool fits = tensor.dim() == 4;
   for (int dim = 0; fits && dim < 4; ++dim) {
     fits = tensor.size(dim) == score_sizes[dim] || (tensor.size(dim) == 1 && dim < first_fixed);
@@ -83,8 +87,15 @@ void check_float(const char* name, const Tensor& tensor, ScalarType query_type) 
       name_of(query_type), ". It must be of the query's type or float32: convert it.");
 }
 
-void check_boundaries(const char* name, const Tensor& tensor, int64_t length, int64_t num_boundaries) {
-  check_tensor(name, tensor, ScalarType::Int, {num_boundaries});
+void check_boundaries(
+    const char* name, const Tensor& tensor, const Tensor& query, int64_t length, int64_t num_boundaries) {
+  check_tensor(name, tensor, query, ScalarType::Int, {num_boundaries});
+  if (!tensor.is_cpu()) {  // reading it would wait for the device
+    STD_TORCH_CHECK(
+        num_boundaries >= 2, name, " has ", num_boundaries, " entries for a length of ", length, ". Each document has ",
+        "a beginning and an end: give at least [0, length].");
+    return;
+  }
   const Tensor dense = torch::stable::contiguous(tensor);
   const auto* values = static_cast<const int32_t*>(dense.const_data_ptr());
   bool is_valid = num_boundaries > 0 && values[0] == 0 && values[num_boundaries - 1] == length;
@@ -114,8 +125,8 @@ void check_packing(const AttentionArguments& arguments) {
   STD_TORCH_CHECK(
       of_queries->dim() == 1, "cu_seqlens_q has shape ", sizes_of(*of_queries), ". It must be a vector: flatten it.");
   const int64_t num_boundaries = of_queries->size(0);
-  check_boundaries("cu_seqlens_q", *of_queries, arguments.num_queries(), num_boundaries);
-  check_boundaries("cu_seqlens_k", *of_keys, arguments.num_keys(), num_boundaries);
+  check_boundaries("cu_seqlens_q", *of_queries, arguments.query, arguments.num_queries(), num_boundaries);
+  check_boundaries("cu_seqlens_k", *of_keys, arguments.query, arguments.num_keys(), num_boundaries);
 }
 
 void check_dropout(const AttentionArguments& arguments) {
@@ -126,11 +137,14 @@ void check_dropout(const AttentionArguments& arguments) {
   STD_TORCH_CHECK(
       arguments.dropout_seed, "dropout_p=", arguments.dropout_p,
       " was given without dropout_seed. What is dropped depends on the seed alone: draw one for each call.");
-  check_tensor("dropout_seed", *arguments.dropout_seed, ScalarType::Long, sizes_as_vector(*arguments.dropout_seed));
+  const Tensor& seed_tensor = *arguments.dropout_seed;
+  if (!seed_tensor.is_cpu()) check_device("dropout_seed", seed_tensor, arguments.query);
+  check_type("dropout_seed", seed_tensor, ScalarType::Long);
   STD_TORCH_CHECK(
-      arguments.dropout_seed->numel() == 1, "dropout_seed has shape ", sizes_of(*arguments.dropout_seed),
+      seed_tensor.numel() == 1, "dropout_seed has shape ", sizes_of(seed_tensor),
       ". It must be one number: draw it by torch.randint(2**63 - 1, ()).");
-  const int64_t seed = *static_cast<const int64_t*>(arguments.dropout_seed->const_data_ptr());
+  if (!seed_tensor.is_cpu()) return;
+  const int64_t seed = *static_cast<const int64_t*>(seed_tensor.const_data_ptr());
   STD_TORCH_CHECK(
       seed >= 0, "dropout_seed=", seed, " is outside [0, 2**63): its 63 bits are the key of the generator. Draw it ",
       "by torch.randint(2**63 - 1, ()).");
@@ -140,11 +154,14 @@ void check_dropout(const AttentionArguments& arguments) {
 
 std::string sizes_of(const Tensor& tensor) { return join(sizes_as_vector(tensor)); }
 
-void check_tensor(const char* name, const Tensor& tensor, ScalarType type, const Sizes& sizes) {
-  check_on_cpu(name, tensor);
-  STD_TORCH_CHECK(
-      tensor.scalar_type() == type, name, " is of type ", name_of(tensor.scalar_type()), ". It must be of type ",
-      name_of(type), ": convert it.");
+bool is_on_same_device(const Tensor& first, const Tensor& second) {
+  return first.is_cpu() == second.is_cpu() && first.get_device_index() == second.get_device_index();
+}
+
+void check_tensor(
+    const char* name, const Tensor& tensor, const Tensor& query, ScalarType type, const Sizes& sizes) {
+  check_device(name, tensor, query);
+  check_type(name, tensor, type);
   STD_TORCH_CHECK(
       sizes_as_vector(tensor) == sizes, name, " has shape ", sizes_of(tensor), ". It must be ", join(sizes),
       " by the other arguments: correct it.");
@@ -162,14 +179,19 @@ void check_arguments(const AttentionArguments& arguments) {
   const ScalarType type = arguments.query.scalar_type();
   const Sizes score_sizes = {
       arguments.batch_size(), arguments.num_heads(), arguments.num_queries(), arguments.num_keys()};
-  if (arguments.mask) check_mask(*arguments.mask, score_sizes);
+  if (arguments.mask) {
+    check_device("mask", *arguments.mask, arguments.query);
+    check_mask(*arguments.mask, score_sizes);
+  }
   if (arguments.bias) {
+    check_device("bias", *arguments.bias, arguments.query);
     check_float("bias", *arguments.bias, type);
     check_broadcast("bias", *arguments.bias, score_sizes, "[B|1, Hq|1, Lq|1, Lk]", 3);
   }
   if (arguments.sinks) {
     check_float("sinks", *arguments.sinks, type);
-    check_tensor("sinks", *arguments.sinks, arguments.sinks->scalar_type(), {arguments.num_heads()});
+    check_tensor(
+        "sinks", *arguments.sinks, arguments.query, arguments.sinks->scalar_type(), {arguments.num_heads()});
   }
   check_packing(arguments);
   STD_TORCH_CHECK(
@@ -177,6 +199,19 @@ void check_arguments(const AttentionArguments& arguments) {
       " and window_right=", arguments.window_right, " are not both allowed: they are numbers of keys, at least 0, or ",
       "-1. Use -1 for a side without a limit.");
   check_dropout(arguments);
+}
+
+void check_backward_arguments(
+    const AttentionArguments& arguments, const Tensor& output_gradient, const MaybeTensor& logsumexp_gradient,
+    const Tensor& output, const Tensor& logsumexp) {
+  const std::vector<int64_t> row_sizes = {arguments.batch_size(), arguments.num_heads(), arguments.num_queries()};
+  std::vector<int64_t> sizes = row_sizes;
+  sizes.push_back(arguments.head_size());
+  check_tensor("output_gradient", output_gradient, arguments.query, arguments.query.scalar_type(), sizes);
+  check_tensor("output", output, arguments.query, arguments.query.scalar_type(), sizes);
+  check_tensor("logsumexp", logsumexp, arguments.query, ScalarType::Float, row_sizes);
+  if (!logsumexp_gradient) return;
+  check_tensor("logsumexp_gradient", *logsumexp_gradient, arguments.query, ScalarType::Float, row_sizes);
 }
 
 Tensor make_rows_dense(const Tensor& tensor) {

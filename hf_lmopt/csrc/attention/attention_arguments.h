@@ -33,13 +33,22 @@ struct AttentionArguments {
   bool is_empty() const { return batch_size() == 0 || num_queries() == 0 || num_keys() == 0; }
 };
 
-// Throws unless shapes, types, boundaries and seed are as the reference takes them, in a type that kernels take.
+// Throws unless shapes and types are as the reference takes them, in a type that kernels take, and all on one device;
+// boundaries and seed are checked where they are on the CPU.
 void check_arguments(const AttentionArguments& arguments);
 
-// Throws unless a tensor is on the CPU and has that type and those sizes.
+// Of the backward pass, beside check_arguments.
+void check_backward_arguments(
+    const AttentionArguments& arguments, const torch::stable::Tensor& output_gradient,
+    const MaybeTensor& logsumexp_gradient, const torch::stable::Tensor& output,
+    const torch::stable::Tensor& logsumexp);
+
+bool is_on_same_device(const torch::stable::Tensor& first, const torch::stable::Tensor& second);
+
+// Throws unless a tensor is on the query's device and has that type and those sizes.
 void check_tensor(
-    const char* name, const torch::stable::Tensor& tensor, torch::headeronly::ScalarType type,
-    const std::vector<int64_t>& sizes);
+    const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& query,
+    torch::headeronly::ScalarType type, const std::vector<int64_t>& sizes);
 
 // Throws unless it is one [B|1, Hq|1, Lq, Lk] of bool.
 void check_mask(const torch::stable::Tensor& mask, const std::vector<int64_t>& score_sizes);

@@ -85,18 +85,6 @@ void check_memory(bool has_memory, int64_t num_copies, const AttentionArguments&
       " MiB. Free some, or use fewer threads by torch.set_num_threads.");
 }
 
-void check_backward_arguments(
-    const AttentionArguments& arguments, const Tensor& output_gradient, const MaybeTensor& logsumexp_gradient,
-    const Tensor& output, const Tensor& logsumexp) {
-  const std::vector<int64_t> row_sizes = {arguments.batch_size(), arguments.num_heads(), arguments.num_queries()};
-  std::vector<int64_t> sizes = row_sizes;
-  sizes.push_back(arguments.head_size());
-  check_tensor("output_gradient", output_gradient, arguments.query.scalar_type(), sizes);
-  check_tensor("output", output, arguments.query.scalar_type(), sizes);
-  check_tensor("logsumexp", logsumexp, ScalarType::Float, row_sizes);
-  if (logsumexp_gradient) check_tensor("logsumexp_gradient", *logsumexp_gradient, ScalarType::Float, row_sizes);
-}
-
 // float32 for a gradient that is summed up, or an empty tensor.
 Tensor new_sum(const MaybeTensor& of, bool is_needed, const Tensor& like) {
   if (!of || !is_needed) return new_tensor({0}, {1}, of ? of->scalar_type() : like.scalar_type());

@@ -9,7 +9,11 @@
 namespace lmopt {
 
 // Kernels of all instruction sets include this file: what were not inlined, the linker would share among them.
+#if defined(__CUDACC__)
+#define LMOPT_ALWAYS_INLINE __host__ __device__ __attribute__((always_inline))
+#else
 #define LMOPT_ALWAYS_INLINE __attribute__((always_inline))
+#endif
 
 constexpr int kAttentionBlock = 64;  // queries or keys
 

@@ -1,4 +1,4 @@
-// The operator lmopt::fused_step_ over tensors; its contract is in fused_step_op.cpp.
+// The operator lmopt::fused_step_ over tensors of the CPU; its contract is in fused_step_arguments.cpp.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
