@@ -10,6 +10,9 @@ from .doctor import examine
 from .optim.explain import optimizer_table
 from .publishing.report import write_report
 from .publishing.run_history import RunStateError
+from .selftest import SelfTestUnavailable, run_selftest
+from .selftest.device import DEVICES
+from .selftest.run import DEFAULT_OUTPUT
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,6 +31,13 @@ def main(argv: list[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help=help_text, description=help_text)
     doctor.add_argument("model", metavar="MODEL", nargs="?", help="local folder, name on the Hub, or model type")
     doctor.add_argument("--build", action="store_true", help="build the compiled extension if it is not there")
+    help_text = (
+        "whether the compiled extension does here what it should, with speeds, as one JSON: status 0 if it does"
+    )
+    selftest = commands.add_parser("selftest", help=help_text, description=help_text)
+    selftest.add_argument("--device", default=DEVICES[0], choices=DEVICES, help="what to test; cuda if not given")
+    selftest.add_argument("--output", metavar="FILE", default=DEFAULT_OUTPUT, help=f"{DEFAULT_OUTPUT} if not given")
+    selftest.add_argument("--quick", action="store_true", help="few cases, no timing and no compute-sanitizer")
     args = parser.parse_args(argv)
     if args.command == "optimizers":
         print(optimizer_table())
@@ -40,6 +50,11 @@ def main(argv: list[str] | None = None) -> int:
             parser.exit(2, f"hf-lmopt doctor: {error}\n")
         print(text)
         return 0 if works else 1
+    elif args.command == "selftest":
+        try:
+            return 0 if run_selftest(args.device, args.output, args.quick) else 1
+        except (SelfTestUnavailable, OSError) as error:
+            parser.exit(1, f"hf-lmopt selftest: {error}\n")
     else:
         try:
             page, *pictures = write_report(args.run, args.output)

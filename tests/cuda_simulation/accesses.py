@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .memory import count_sectors
+from .memory import POISON, count_sectors
 from .ptx import Instruction
 from .registers import Array
 from .shadow import Conflict, Integers
@@ -23,10 +23,15 @@ if TYPE_CHECKING:
 CARRIERS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
 
 
+def poisoned_rows(count: int, num_bytes: int) -> Array:
+    """Rows of a size that nothing has filled."""
+    return np.full(count * num_bytes, POISON, np.uint8).view(CARRIERS[num_bytes])
+
+
 def load_global(batch: Batch, instruction: Instruction, addresses: Array, num_bytes: int) -> Array:
     """Rows of `num_bytes` at the active lanes' addresses, in the order of the lanes, checked and counted."""
     wanted = batch.lanes.select(addresses)
-    rows = np.full(len(wanted) * num_bytes, 0xFF, np.uint8).view(CARRIERS[num_bytes])
+    rows = poisoned_rows(len(wanted), num_bytes)
     for buffer, accesses, offsets, lanes in parts_of(batch, instruction, wanted, num_bytes, "load"):
         if buffer.shadow is not None:
             cells = buffer.shadow.cells(offsets, num_bytes)
@@ -50,7 +55,7 @@ def store_global(batch: Batch, instruction: Instruction, addresses: Array, num_b
         cells = buffer.shadow.cells(offsets, num_bytes)
         numbers = batch.thread_numbers[lanes]
         conflict = buffer.shadow.write(cells, numbers, batch.ordering, batch.first_thread, batch.ordering.launched_at)
-        elements = buffer.bytes.view(CARRIERS[num_bytes])
+        elements: Array = buffer.bytes.view(CARRIERS[num_bytes])
         elements[offsets // num_bytes] = values[accesses]
         if conflict is None and buffer.shadow.shares_cells(cells, numbers):
             conflict = _find_overwritten(elements[offsets // num_bytes], values[accesses])
@@ -114,10 +119,10 @@ def load_shared(
         pattern.cells, readers, ordering, batch.first_thread, ordering.all_synced_until
     )
     report_shared(batch, instruction, "load", pattern, conflict)
-    rows = batch.shared.bytes.view(CARRIERS[num_bytes])[pattern.offsets // num_bytes]
+    rows: Array = batch.shared.bytes.view(CARRIERS[num_bytes])[pattern.offsets // num_bytes]
     if not pattern.conflicts:
         return rows
-    complete = np.full(batch.num_threads * num_bytes, 0xFF, np.uint8).view(CARRIERS[num_bytes])
+    complete = poisoned_rows(batch.num_threads, num_bytes)
     complete[pattern.lanes] = rows
     return batch.lanes.select(complete)
 
@@ -133,7 +138,7 @@ def store_shared(batch: Batch, instruction: Instruction, addresses: Array, num_b
     writers = batch.thread_numbers[pattern.lanes]
     ordering, shadow = batch.ordering, batch.shared.shadow
     conflict = shadow.write(pattern.cells, writers, ordering, batch.first_thread, ordering.all_synced_until)
-    elements = batch.shared.bytes.view(CARRIERS[num_bytes])
+    elements: Array = batch.shared.bytes.view(CARRIERS[num_bytes])
     elements[pattern.offsets // num_bytes] = values
     if conflict is None and shadow.shares_cells(pattern.cells, writers):
         conflict = _find_overwritten(elements[pattern.offsets // num_bytes], values)

@@ -142,12 +142,10 @@ def _decode_issue(batch: Batch, instruction: Instruction) -> Step:
 
 def _read_source(batch: Batch, instruction: Instruction, addresses: Array, size: int, filled: Array | None) -> Array:
     """The rows to copy, one for each thread of the batch; only the bytes that are asked for are touched."""
-    rows = np.zeros(batch.num_threads, CARRIERS[size])
+    rows: Array = np.zeros(batch.num_threads, CARRIERS[size])
     everyone = batch.lanes
     counts = np.broadcast_to(np.uint32(size) if filled is None else filled, (batch.num_threads,))
     for count in np.unique(everyone.select(counts)):
-        if count == 0:
-            continue
         batch.lanes = batch.make_lanes(everyone.mask & (counts == count))
         if count == size:
             rows[batch.lanes.index] = load_global(batch, instruction, addresses, size)

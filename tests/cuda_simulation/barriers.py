@@ -74,7 +74,7 @@ class Barriers:
         blocks = np.flatnonzero(complete)
         if is_partial:
             for block in blocks:
-                self._batch.ordering.join_warps(block, np.unique(np.flatnonzero(arrived[block]) // LANES))
+                self._batch.ordering.join_warps(int(block), np.unique(np.flatnonzero(arrived[block]) // LANES))
         elif len(blocks):
             self._batch.ordering.join_blocks(blocks)
         opened = np.repeat(complete, self._batch.threads_per_block)
@@ -93,8 +93,10 @@ class Barriers:
         if "pred" not in instruction.modifiers:
             raise PtxError(f"Line {instruction.line}: {instruction.text!r} counts, which is not simulated. Add it.")
         truth = self._batch.is_true(source).reshape(arrived.shape)  # type: ignore[arg-type]
-        is_and = "and" in instruction.modifiers
-        together = (truth | ~arrived).all(axis=1) if is_and else (truth & arrived).any(axis=1)
+        if "and" in instruction.modifiers:
+            together = np.logical_and.reduce(truth | ~arrived, axis=1)
+        else:
+            together = np.logical_or.reduce(truth & arrived, axis=1)
         result = self._batch.registers.row(target.name).view(np.bool_).reshape(arrived.shape)  # type: ignore[union-attr]
         np.copyto(result, together[:, None], where=arrived)
 

@@ -14,8 +14,8 @@ import hashlib
 import os
 import re
 import shutil
-import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ NATIVE_DIR = Path(__file__).resolve().parent / "native"
 ARCHITECTURES = ("sm_75", "sm_80")
 NAMESPACE = "lmopt_cuda_simulation"
 NUM_JOBS = 2
+SECONDS_KEPT = 7 * 24 * 3600
 # No ptxas: PTX is all that is embedded. Optimisation as for the wheel.
 NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Wno-deprecated-gpu-targets")
 _HOST_FLAGS = (*(flag for flag in COMPILE_FLAGS if flag != "-O3"), "-O1", "-ffunction-sections")
@@ -53,13 +54,15 @@ class BuiltSimulation:
     ptx: dict[str, list[Path]]
 
 
-def build(edits: Sequence[Edit] = ()) -> BuiltSimulation:
+def build(edits: Sequence[Edit] = (), architectures: Sequence[str] = ARCHITECTURES) -> BuiltSimulation:
     """
     Builds what is not in the cache yet.
 
     Args:
         edits (`Sequence[tuple[str, str, str]]`, *optional*):
             `(file below csrc, old, new)`: texts to replace in kernels, to plant bugs. The host code stays as it is.
+        architectures (`Sequence[str]`, *optional*):
+            What edited kernels are compiled for.
 
     Raises:
         ExtensionUnavailable: if nvcc, a compiler or torch's headers are missing, or if compiling fails.
@@ -76,8 +79,12 @@ def build(edits: Sequence[Edit] = ()) -> BuiltSimulation:
             kernel_objects, host_objects = [c.result() for c in compiled], [o.result() for o in objects]
         library = _link([o for o, _ in kernel_objects] + host_objects, folder)
         if edits:
-            kernel_objects = _compile_edited(edits, kernels, folder)
-    ptx = {a: [texts / f"{a}.ptx" for _, texts in kernel_objects] for a in ARCHITECTURES}
+            kernel_objects = _compile_edited(edits, kernels, folder, architectures)
+        used = [path for pair in kernel_objects for path in pair] + host_objects + [library]
+        for path in used:
+            os.utime(path)
+        _forget_old_files(folder)
+    ptx = {a: [texts / f"{a}.ptx" for _, texts in kernel_objects] for a in architectures}
     return BuiltSimulation(library, ptx)
 
 
@@ -118,14 +125,16 @@ def _digest(source: Path, root: Path, *flags: object) -> str:
     return digest.hexdigest()[:16]
 
 
-def _compile_kernels(source: Path, root: Path, folder: Path) -> tuple[Path, Path]:
+def _compile_kernels(
+    source: Path, root: Path, folder: Path, architectures: Sequence[str] = ARCHITECTURES
+) -> tuple[Path, Path]:
     """The object with the launch stubs of a file's kernels, and the folder with their PTX by architecture."""
     nvcc = find_nvcc()
     parts = source.relative_to(root).with_suffix("").parts
-    name = "-".join([*parts, _digest(source, root, NVCC_FLAGS, ARCHITECTURES)])
+    name = "-".join([*parts, _digest(source, root, NVCC_FLAGS, tuple(architectures))])
     target, texts = folder / f"{name}.o", folder / name
     if not target.exists():
-        numbers = [architecture.removeprefix("sm_") for architecture in ARCHITECTURES]
+        numbers = [architecture.removeprefix("sm_") for architecture in architectures]
         targets = [f for n in numbers for f in ("-gencode", f"arch=compute_{n},code=compute_{n}")]
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             keep = ("--keep", "--keep-dir", scratch, f"-I{root}")
@@ -133,7 +142,7 @@ def _compile_kernels(source: Path, root: Path, folder: Path) -> tuple[Path, Path
             run_compiler([str(nvcc), *NVCC_FLAGS, *targets, *keep, "-c", str(source), "-o", str(object_file)])
             texts.mkdir(exist_ok=True)
             for number in numbers:
-                [text] = Path(scratch).glob(f"*compute_{number}.ptx")
+                [text] = Path(scratch).glob(f"*compute_{number}.ptx" if len(numbers) > 1 else "*.ptx")
                 os.replace(text, texts / f"sm_{number}.ptx")
             os.replace(object_file, target)
     return target, texts
@@ -182,7 +191,9 @@ def _link(objects: Sequence[Path], folder: Path) -> Path:
     return library
 
 
-def _compile_edited(edits: Sequence[Edit], kernels: Sequence[Path], folder: Path) -> list[tuple[Path, Path]]:
+def _compile_edited(
+    edits: Sequence[Edit], kernels: Sequence[Path], folder: Path, architectures: Sequence[str]
+) -> list[tuple[Path, Path]]:
     """The kernels of a copy of the sources in which texts are replaced."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         root = Path(scratch) / "csrc"
@@ -194,19 +205,25 @@ def _compile_edited(edits: Sequence[Edit], kernels: Sequence[Path], folder: Path
                     f"{old!r} stands {text.count(old)} times in {name}, once is needed. Quote more of it."
                 )
             (root / name).write_text(text.replace(old, new))
+
+        def compile_copy(kernel: Path) -> tuple[Path, Path]:
+            copy = root / kernel.relative_to(SOURCE_DIR)
+            if _digest(copy, root) == _digest(kernel, SOURCE_DIR):
+                return _compile_kernels(kernel, SOURCE_DIR, folder)  # there already
+            return _compile_kernels(copy, root, folder, architectures)
+
         with ThreadPoolExecutor(NUM_JOBS) as pool:
-            copies = [root / kernel.relative_to(SOURCE_DIR) for kernel in kernels]
-            return list(pool.map(lambda copy: _compile_kernels(copy, root, folder), copies))
+            return list(pool.map(compile_copy, kernels))
 
 
-def compile_ptx(text: str, architecture: str, folder: Path) -> str:
-    """The PTX of some CUDA code, for tests of single instructions."""
-    source = folder / "code.cu"
-    source.write_text(text)
-    target = source.with_suffix(".ptx")
-    command = [str(find_nvcc()), *NVCC_FLAGS, "-arch", architecture.replace("sm_", "compute_"), "-ptx", str(source)]
-    subprocess.run([*command, "-o", str(target)], check=True)
-    return target.read_text()
+def _forget_old_files(folder: Path) -> None:
+    """Removes what no build has made or used for a week."""
+    for path in folder.iterdir():
+        if time.time() - path.stat().st_mtime > SECONDS_KEPT:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 @contextlib.contextmanager

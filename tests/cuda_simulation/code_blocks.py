@@ -71,7 +71,7 @@ class Code:
 
     def take_executions(self) -> dict[int, int]:
         """How many warps executed each instruction since the last call, by its position."""
-        executions = {}
+        executions: dict[int, int] = {}
         for begin, block in self._decoded.items():
             if block.executions:
                 executions |= dict.fromkeys(range(begin, self._flow[begin].end), block.executions)

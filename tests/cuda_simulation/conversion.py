@@ -17,7 +17,7 @@ from .number_formats import (
     single_to_bfloat16,
 )
 from .ptx import BYTES_OF_TYPE, Instruction, PtxError
-from .registers import DTYPES, Array
+from .registers import DTYPES, Array, integer_limits
 
 
 if TYPE_CHECKING:
@@ -49,9 +49,8 @@ def decode_conversion(batch: Batch, instruction: Instruction) -> Step:
 
 
 def _integer_conversion(target: str, saturates: bool) -> Callable[[Array], Array]:
-    limits = np.iinfo(DTYPES[target])
     if saturates:
-        return lambda x: _clip_integer(x, int(limits.min), int(limits.max)).astype(DTYPES[target])
+        return lambda x: _clip_integer(x, *integer_limits(target)).astype(DTYPES[target])
     return lambda x: x.astype(DTYPES[target])
 
 
@@ -100,11 +99,12 @@ def _narrow(x: Array, type_name: str) -> Array:
 
 def _to_integer(x: Array, target: str, source: str) -> Array:
     """Clipped to the type's range; NaN becomes 0, or the highest bit alone for 64 bits."""
-    limits = np.iinfo(DTYPES[target])
-    highest = float(limits.max)  # one too much for long types, which the comparison takes into account
-    result = np.where(x >= highest, limits.max, np.where(x <= float(limits.min), limits.min, 0)).astype(DTYPES[target])
-    inside = (x > float(limits.min)) & (x < highest)
-    result[inside] = x[inside].astype(DTYPES[target])
+    low, high = integer_limits(target)
+    dtype = DTYPES[target]
+    # As a float, `high` of a long type is one too much, which the comparisons take into account.
+    result = np.where(x >= float(high), dtype(high), np.where(x <= float(low), dtype(low), dtype(0)))
+    inside = (x > float(low)) & (x < float(high))
+    result[inside] = x[inside].astype(dtype)
     of_nan = 0 if source != "f64" and BYTES_OF_TYPE[target] < 8 else 1 << (8 * BYTES_OF_TYPE[target] - 1)
     unsigned = result.view(f"u{result.itemsize}")
     unsigned[np.isnan(x)] = of_nan
@@ -130,12 +130,12 @@ def _decode_pack(batch: Batch, instruction: Instruction) -> Step:
     types = [m for m in instruction.modifiers if m in BYTES_OF_TYPE]
     target, source = types[0], types[1]
     bits = 8 * BYTES_OF_TYPE[target]
-    limits = np.iinfo(DTYPES[target])
+    limits = integer_limits(target)
     a, b = (batch.registers.read(operand, source) for operand in instruction.operands[1:3])
     above = batch.registers.read(instruction.operands[3], "b32") if len(instruction.operands) > 3 else None
 
     def compute() -> Array:
-        low, high = (_clip_integer(x, int(limits.min), int(limits.max)).astype(np.int64) for x in (b, a))
+        low, high = (_clip_integer(x, *limits).astype(np.int64) for x in (b, a))
         mask = (1 << bits) - 1
         packed = (low & mask) | (high & mask) << bits
         if above is not None and bits < 16:

@@ -7,9 +7,9 @@ and modes are bound, so that nothing is looked up while a kernel runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -101,7 +101,7 @@ def read_sources(batch: Batch, instruction: Instruction, type_name: str, *positi
 
 
 def elementwise(
-    batch: Batch, instruction: Instruction, ufunc: Callable[..., object], type_name: str, result_type: str = ""
+    batch: Batch, instruction: Instruction, ufunc: Callable[..., Array], type_name: str, result_type: str = ""
 ) -> Step:
     """A NumPy ufunc over all operands but the first, which takes the result."""
     inputs = [batch.registers.read(operand, type_name) for operand in instruction.operands[1:]]
@@ -111,34 +111,32 @@ def elementwise(
     return Step(partial(ufunc, *inputs, out), lambda: ufunc(*inputs, out, where=batch.lanes.mask))
 
 
-def computed(batch: Batch, instruction: Instruction, compute: Callable[[], object], type_name: str) -> Step:
+def computed(batch: Batch, instruction: Instruction, compute: Callable[[], Array], type_name: str) -> Step:
     """A function of no argument whose values, one per thread, go to the first operand as a type."""
     return assigned(batch, instruction.operands[0], compute, type_name)
 
 
-def assigned(batch: Batch, operand: Operand, compute: Callable[[], object], type_name: str) -> Step:
+def assigned(batch: Batch, operand: Operand, compute: Callable[[], Array], type_name: str) -> Step:
     """The same for any operand that takes a result."""
-    if isinstance(operand, Register) and operand.name == "_":
+    if operand == Register("_"):
         return Step(lambda: None, lambda: None)
     out = result_view(batch, operand, type_name)
     copy = partial(np.copyto, out, casting="unsafe")
     return Step(lambda: copy(compute()), lambda: copy(compute(), where=batch.lanes.mask))
 
 
-def together(steps: list[Step]) -> Step:
-    """Several steps as one, for instructions with several results."""
-    if len(steps) == 1:
-        return steps[0]
+def assigned_together(
+    batch: Batch, targets: Sequence[tuple[Operand, str]], compute: Callable[[], Sequence[Array]]
+) -> Step:
+    """Several results, each with its type, all computed before the first is written."""
+    outs = [None if target == Register("_") else result_view(batch, target, name) for target, name in targets]
 
-    def unmasked() -> None:
-        for step in steps:
-            step.unmasked()
+    def write(mask: Array | Literal[True]) -> None:
+        for out, values in zip(outs, compute(), strict=True):
+            if out is not None:
+                np.copyto(out, values, where=mask, casting="unsafe")
 
-    def masked() -> None:
-        for step in steps:
-            step.masked()
-
-    return Step(unmasked, masked)
+    return Step(lambda: write(True), lambda: write(batch.lanes.mask))
 
 
 def result(batch: Batch, instruction: Instruction, type_name: str) -> Array:

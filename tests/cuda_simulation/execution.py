@@ -250,7 +250,7 @@ class Batch:
             raise PtxError(f"{self.kernel.name}, line {instruction.line}: trap, by block {self.blocks[0]} or later.")
         self.copies.check_exit(instruction, leaving)
         self.alive &= ~leaving
-        self.num_alive = np.count_nonzero(self.alive)
+        self.num_alive = int(np.count_nonzero(self.alive))
         ended = ~self.alive.reshape(self.shape.num_blocks, -1).any(axis=1)
         self.ordering.finish_blocks(np.flatnonzero(ended))
         if instruction.predicate is not None and (staying := lanes.mask & ~leaving).any():

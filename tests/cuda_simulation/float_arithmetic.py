@@ -17,7 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .decoding import Step, computed, data_type, elementwise, executes
-from .number_formats import FROM_DOUBLE, TO_DOUBLE, Floats, fused_multiply_add, multiply_add_to_odd
+from .number_formats import (
+    FROM_DOUBLE,
+    TO_DOUBLE,
+    Floats,
+    fused_multiply_add,
+    fused_multiply_add_double,
+    multiply_add_to_odd,
+)
 from .ptx import Instruction, PtxError
 from .registers import DTYPES, Array
 
@@ -64,6 +71,9 @@ _OPERATIONS: dict[str, Operation] = {
 }
 
 
+_FUSED: dict[str, Operation] = {"f32": fused_multiply_add, "f64": fused_multiply_add_double}
+
+
 def decode_float(batch: Batch, instruction: Instruction) -> Step:
     """`add`, `sub`, `mul`, `div`, `min`, `max`, `abs`, `neg`, `fma` and `mad` of any floating-point type."""
     type_name, modifiers, root = data_type(instruction), instruction.modifiers, instruction.root
@@ -71,13 +81,11 @@ def decode_float(batch: Batch, instruction: Instruction) -> Step:
     if unsupported:
         raise PtxError(f"{sorted(unsupported)} are not simulated for floating-point arithmetic")
     if root in ("fma", "mad"):
-        operation: Operation = fused_multiply_add if type_name == "f32" else multiply_add_to_odd
+        operation: Operation = _FUSED.get(type_name, multiply_add_to_odd)
     elif "NaN" in modifiers:
         operation = _minimum_with_nan if root == "min" else _maximum_with_nan
     else:
         operation = _OPERATIONS[root]
-    if type_name == "f64" and root in ("fma", "mad"):
-        raise PtxError("fma of float64 is not simulated: NumPy has none. Kernels should do without")
     if type_name in ("f32", "f64"):
         return _decode_single(batch, instruction, operation, type_name)
     return _decode_half(batch, instruction, operation, type_name)
@@ -145,8 +153,8 @@ _APPROXIMATIONS: dict[str, Operation] = {
 @executes(*_APPROXIMATIONS, modifiers="approx rn ftz")
 def decode_approximation(batch: Batch, instruction: Instruction) -> Step:
     type_name, operation = data_type(instruction), _APPROXIMATIONS[instruction.root]
-    if type_name != "f32":
-        raise PtxError(f"{instruction.root} is simulated for float32 only")
+    if type_name != "f32" and not (type_name == "f64" and "rn" in instruction.modifiers):
+        raise PtxError(f"{instruction.root} is simulated for float32, and with .rn for float64")
     x = batch.registers.read(instruction.operands[1], type_name)
     if "ftz" in instruction.modifiers:
         return computed(batch, instruction, partial(_flushed, operation, x), type_name)

@@ -11,7 +11,7 @@ import numpy as np
 from .decoding import Step, computed, data_type, elementwise, executes, is_float, read_sources
 from .float_arithmetic import decode_float
 from .ptx import BYTES_OF_TYPE, Instruction
-from .registers import DTYPES, Array
+from .registers import DTYPES, Array, integer_limits
 
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def decode_arithmetic(batch: Batch, instruction: Instruction) -> Step:
     if instruction.root == "div":
         x, y = read_sources(batch, instruction, type_name, 1, 2)
         return computed(batch, instruction, lambda: divide(x, y)[0], type_name)
-    ufuncs: dict[str, Callable[..., object]] = {
+    ufuncs: dict[str, Callable[..., Array]] = {
         "add": np.add,
         "sub": np.subtract,
         "min": np.minimum,
@@ -48,11 +48,11 @@ def decode_arithmetic(batch: Batch, instruction: Instruction) -> Step:
 
 def _decode_saturating(batch: Batch, instruction: Instruction, type_name: str) -> Step:
     x, y = read_sources(batch, instruction, type_name, 1, 2)
-    limits = np.iinfo(DTYPES[type_name])
+    limits = integer_limits(type_name)
     sign = 1 if instruction.root == "add" else -1
 
     def compute() -> Array:
-        return np.clip(x.astype(np.int64) + sign * y.astype(np.int64), limits.min, limits.max)
+        return np.clip(x.astype(np.int64) + sign * y.astype(np.int64), *limits)
 
     return computed(batch, instruction, compute, type_name)
 

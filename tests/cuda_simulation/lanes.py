@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,7 @@ class Lanes:
     @cached_property
     def warps(self) -> NDArray[np.bool_]:
         """Which warps of the batch have an active lane."""
-        return self.mask.reshape(-1, LANES).any(axis=1)
+        return np.logical_or.reduce(self.mask.reshape(-1, LANES), axis=1)
 
     @cached_property
     def num_warps(self) -> int:
@@ -44,6 +45,6 @@ class Lanes:
         """Equal for equal masks."""
         return b"" if self.is_everyone else self.mask.tobytes()
 
-    def select(self, values: NDArray[np.generic]) -> NDArray[np.generic]:
+    def select(self, values: NDArray[Any]) -> NDArray[Any]:
         """The active threads' values."""
         return values if self.is_everyone else values[self.index]

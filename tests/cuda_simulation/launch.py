@@ -18,9 +18,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from .build import Edit, build
+from .build import ARCHITECTURES, Edit, build
 from .card import SimulatedCard
 from .run import SUCCESS, UNKNOWN_ERROR, Run, SimulationLibrary
+
+
+GUARD_ELEMENTS = 4096
 
 
 @functools.cache
@@ -32,9 +35,9 @@ def load_simulation() -> SimulationLibrary:
 
 
 @functools.cache
-def with_bug(*edits: Edit) -> SimulationLibrary:
+def with_bug(*edits: Edit, architectures: tuple[str, ...] = ARCHITECTURES) -> SimulationLibrary:
     """The same operators with other kernels: compiled from sources in which texts are replaced; see [`build`]."""
-    return SimulationLibrary(load_simulation().handle, build(edits).ptx)
+    return SimulationLibrary(load_simulation().handle, build(edits, architectures).ptx)
 
 
 @contextlib.contextmanager
@@ -53,6 +56,7 @@ def simulate(
             Which card.
         inputs (`Mapping` or `Sequence`, *optional*):
             Tensors that kernels may read, by name; None is passed over. A view counts from its first to its last byte.
+            See [`between_guards`] for accesses just outside.
         inplace (`Mapping` or `Sequence`, *optional*):
             Tensors that kernels may read and write.
         block_order (`int`, *optional*):
@@ -88,6 +92,18 @@ def extent(tensor: torch.Tensor) -> int:
     """Bytes from the first to the last element of a view."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
+
+
+def between_guards(tensor: torch.Tensor) -> torch.Tensor:
+    """
+    A copy with the same strides that lies far from every other tensor.
+
+    Torch places small tensors side by side, where a stray access to one can meet another and go unnoticed.
+    """
+    num_elements = extent(tensor) // tensor.element_size()
+    whole = torch.zeros(num_elements + 2 * GUARD_ELEMENTS, dtype=tensor.dtype)
+    whole[GUARD_ELEMENTS : GUARD_ELEMENTS + num_elements] = tensor.as_strided((num_elements,), (1,))
+    return whole.as_strided(tensor.shape, tensor.stride(), GUARD_ELEMENTS)
 
 
 _Int, _Size, _Pointer = ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p

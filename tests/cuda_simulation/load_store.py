@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .accesses import CARRIERS, load_global, load_shared, store_global, store_shared
+from .accesses import CARRIERS, load_global, load_shared, poisoned_rows, store_global, store_shared
 from .decoding import Step, computed, data_type, executes, items_of, result_view
 from .ptx import BYTES_OF_TYPE, Address, Instruction, Operand, PtxError, Register, Symbol
 from .registers import DTYPES, Array, parse_literal
@@ -152,7 +152,7 @@ def _by_window(batch: Batch, addresses: Array):  # type: ignore[no-untyped-def]
 
 
 def _load_generic(batch: Batch, instruction: Instruction, addresses: Array, num_bytes: int) -> Array:
-    rows = np.zeros(np.count_nonzero(batch.lanes.mask), CARRIERS[num_bytes])
+    rows = poisoned_rows(len(batch.lanes.index), num_bytes)
     for name, within, chosen in _by_window(batch, addresses):
         rows[chosen] = _LOADS[name](batch, instruction, within, num_bytes)
     return rows

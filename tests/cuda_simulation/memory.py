@@ -46,7 +46,7 @@ class Buffer:
     def __init__(self, name: str, address: int, size: int, writable: bool, is_initialised: bool) -> None:
         self.name, self.address, self.size, self.writable = name, address, size, writable
         self.origin = address - address % LARGEST_CELL  # offsets count from here, so that views are aligned
-        self.bytes = np.frombuffer((ctypes.c_uint8 * self._span).from_address(self.origin), np.uint8)
+        self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * self._span).from_address(self.origin))
         self.shadow = Shadow(self._span, is_initialised) if writable else None
 
     @property

@@ -8,7 +8,9 @@ https://inria.hal.science/inria-00080427).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +85,24 @@ def fused_multiply_add(x: Floats, y: Floats, z: Floats) -> Floats:
         exact = [np.broadcast_to(v, total.shape)[doubtful].astype(np.float64) for v in (x, y, z)]
         rounded[doubtful] = multiply_add_to_odd(*exact).astype(np.float32)
     return rounded
+
+
+def fused_multiply_add_double(x: Doubles, y: Doubles, z: Doubles) -> Doubles:
+    """`x * y + z` with one rounding to float64, by exact fractions: slow, and rare in kernels."""
+    x, y, z = np.broadcast_arrays(x, y, z)
+    result = np.asarray(x * y + z)
+    # Zeros keep the sign that plain arithmetic gives them, infinities and NaN need no rounding.
+    for i in np.flatnonzero(np.isfinite(x) & np.isfinite(y) & np.isfinite(z) & (x != 0) & (y != 0)):
+        exact = Fraction(float(x[i])) * Fraction(float(y[i])) + Fraction(float(z[i]))
+        result[i] = _nearest_double(exact) if exact else result[i]
+    return result
+
+
+def _nearest_double(number: Fraction) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
 
 
 TO_DOUBLE: dict[str, Callable[[Halves], Doubles]] = {"f16": float16_to_double, "bf16": bfloat16_to_double}

@@ -8,6 +8,7 @@ Registers that appear together in a vector operand get adjacent rows where that 
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from .ptx import BYTES_OF_TYPE, Immediate, Kernel, Operand, PtxError, Register, Vector
 
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]  # of the type that an instruction reads it as
 
 DTYPES: dict[str, type[np.generic]] = {
     "pred": np.bool_,
@@ -29,6 +30,12 @@ DTYPES: dict[str, type[np.generic]] = {
 }
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _POISON = 0xA5  # repeated, so that an unwritten register is an unlikely number
+
+
+def integer_limits(type_name: str) -> tuple[int, int]:
+    """The smallest and the largest number of an integer type."""
+    bits = 8 * BYTES_OF_TYPE[type_name]
+    return (-(1 << bits - 1), (1 << bits - 1) - 1) if type_name[0] == "s" else (0, (1 << bits) - 1)
 
 
 class RegisterFile:

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .decoding import Step, assigned, computed, data_type, executes, is_float, items_of, read_sources, together
+from .decoding import (
+    Step,
+    assigned,
+    assigned_together,
+    computed,
+    data_type,
+    executes,
+    is_float,
+    items_of,
+    read_sources,
+)
 from .float_arithmetic import COMPARISONS_OF_FLOATS
 from .load_store import value_or_address
 from .ptx import BYTES_OF_TYPE, Immediate, Instruction, Negated, Operand, Register, Symbol, Vector
@@ -30,7 +40,7 @@ def decode_move(batch: Batch, instruction: Instruction) -> Step:
     if isinstance(source, Symbol):
         values = value_or_address(batch, source, type_name)
     elif isinstance(source, Immediate) and type_name == "pred":
-        values = np.bool_(int(source.text, 0))
+        values = np.asarray(int(source.text, 0) != 0)
     else:
         values = batch.registers.read(source, type_name)
     out = batch.registers.read(target, type_name)
@@ -47,12 +57,8 @@ def _unpack(batch: Batch, target: Vector, source: Operand, type_name: str) -> St
     if whole.ndim == 0:
         whole = np.full(batch.num_threads, whole)
     pieces = whole.view(DTYPES[part]).reshape(batch.num_threads, -1)
-    # A target may be the source itself.
-    steps = [
-        assigned(batch, item, partial(pieces.__getitem__, (slice(None), i)), part)
-        for i, item in enumerate(target.items)
-    ]
-    return together(steps)
+    targets = [(item, part) for item in target.items]
+    return assigned_together(batch, targets, lambda: [pieces[:, i] for i in range(len(targets))])
 
 
 def _pack(batch: Batch, target: Operand, source: Vector, type_name: str) -> Step:
@@ -68,7 +74,7 @@ def _pack(batch: Batch, target: Operand, source: Vector, type_name: str) -> Step
     return assigned(batch, target, compute, type_name)
 
 
-_COMPARISONS: dict[str, Callable[..., object]] = {
+_COMPARISONS: dict[str, Callable[..., Array]] = {
     "eq": np.equal,
     "ne": np.not_equal,
     **dict.fromkeys(("lt", "lo"), np.less),
@@ -95,21 +101,12 @@ def decode_compare(batch: Batch, instruction: Instruction) -> Step:
     combine = _COMBINE[instruction.modifiers[1]] if has_combination else None
     other = read_predicate(batch, instruction.operands[3]) if has_combination else None
 
-    def compute(opposite: bool) -> Array:
-        found = np.logical_not(compare(x, y)) if opposite else np.asarray(compare(x, y))
-        return found if combine is None or other is None else combine(found, other())
+    def compute() -> list[Array]:
+        found = np.asarray(compare(x, y))
+        values = [found, ~found][: len(results)]
+        return values if combine is None or other is None else [combine(value, other()) for value in values]
 
-    # The second result first: the third source may be the register of the first result.
-    values = [partial(compute, False), partial(compute, True)]
-    if len(results) == 1:
-        return assigned(batch, results[0], values[0], "pred")
-    both = np.zeros((2, batch.num_threads), np.bool_)
-
-    def first() -> Array:
-        both[0], both[1] = values[0](), values[1]()
-        return both[0]
-
-    return together([assigned(batch, results[0], first, "pred"), assigned(batch, results[1], lambda: both[1], "pred")])
+    return assigned_together(batch, [(result, "pred") for result in results], compute)
 
 
 def read_predicate(batch: Batch, operand: Operand) -> Callable[[], Array]:

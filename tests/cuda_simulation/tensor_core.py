@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .accesses import CARRIERS, load_shared
+from .accesses import load_shared, poisoned_rows
 from .decoding import Step, executes, items_of
 from .load_store import address_of
 from .number_formats import TO_DOUBLE, Doubles
@@ -143,7 +143,7 @@ def decode_ldmatrix(batch: Batch, instruction: Instruction) -> Step:
     transposed = "trans" in instruction.modifiers
     has_address = batch.lane < 8 * num_matrices
     lanes_with_address = batch.make_lanes(has_address)
-    rows = np.zeros(batch.num_threads, CARRIERS[16])
+    rows = poisoned_rows(batch.num_threads, 16)
 
     def load() -> Array:
         everyone = batch.lanes

@@ -80,6 +80,13 @@ CASES = {
         "initialisation",
         "thread 64: read of %r6, which nothing has written",
     ),
+    "initialisation_of_a_register_on_one_path": (
+        f"{LOWER_WARPS} @%p1 bra upper; mov.u32 %r7, 1; bra both;"
+        f" upper: mov.u32 %r7, 2; both: mov.u32 %r6, %r7; {STORE_R6}",
+        f"{LOWER_WARPS} @%p1 bra both; mov.u32 %r7, 1; both: mov.u32 %r6, %r7; {STORE_R6}",
+        "initialisation",
+        "thread 64: read of %r7, which nothing has written",
+    ),
     "race_read_after_write": (
         f"{STORE_TID} bar.sync 0; {LOAD_MIRRORED}",
         f"{STORE_TID} {LOAD_MIRRORED}",
@@ -150,6 +157,12 @@ CASES = {
     "barrier_that_waits_for_ever": (
         f"mov.u32 %r6, 1; bar.sync 1, 128; {STORE_R6}",
         f"{LOWER_WARPS} @%p1 bra out; bar.sync 1, 128; out: {STORE_R6}",
+        "barrier",
+        "waits for ever",
+    ),
+    "barriers_of_two_names": (
+        f"{LOWER_WARPS} @%p1 bra upper; mov.u32 %r6, 1; upper: bar.sync 0; {STORE_R6}",
+        f"{LOWER_WARPS} @%p1 bra upper; bar.sync 0; bra out; upper: bar.sync 1; out: {STORE_R6}",
         "barrier",
         "waits for ever",
     ),
@@ -245,6 +258,19 @@ def test_threads_of_two_blocks_race_for_a_word_whatever_barriers_they_pass() -> 
     kernel.run()
     assert kernel.checks == ["race"]
     assert "another block" in kernel.problems[0].message
+
+
+def test_a_barrier_does_not_order_two_blocks() -> None:
+    body = """
+        setp.eq.u32 %p1, %r60, 0; @%p1 st.global.u32 [%out_of_thread], %r62; bar.sync 0; bar.sync 0;
+        mad.wide.u32 %d1, %r62, 4, %out; setp.eq.u32 %p2, %r60, READER; @%p2 ld.global.u32 %r1, [%d1]; ret;
+    """
+    for reader, found in ((0, []), (1, ["race"])):
+        kernel = MicroKernel(
+            body.replace("READER", str(reader)), {"out": np.zeros(128, np.uint32)}, threads=64, blocks=2
+        )
+        kernel.run()
+        assert kernel.checks == found
 
 
 def test_launches_are_ordered() -> None:

@@ -105,20 +105,13 @@ def test_zeros_have_the_sign_that_ieee_754_gives_them() -> None:
 
 
 def fma_operands() -> list[tuple[int, int, int]]:
-    """Random ones, and such as are rounded wrongly by way of float64: just beside a tie of float32."""
+    """Random ones, some with results below the normal numbers."""
     draw = random.Random(2)
     rows = [
         tuple(as_bits(draw.choice([-1, 1]) * draw.uniform(1, 2) * 2.0 ** draw.randint(-30, 30)) for _ in range(3))
         for _ in range(128)
     ]
     for _ in range(64):
-        # 1 + 2^-24 is a tie; the product adds or takes away what float64 cannot hold beside it.
-        tiny = 2.0 ** -draw.randint(55, 70) * draw.choice([-1, 1])
-        tie = as_bits(1 + 2.0**-23 * draw.randint(0, 3))
-        rows.append((as_bits(2.0**-12 * (1 + 2.0**-23)), as_bits(2.0**-12 * (1 - 2.0**-22)), tie))
-        rows.append((as_bits(tiny), as_bits(1.0), as_bits(2.0**-24)))
-    for _ in range(64):
-        # Results below the normal numbers, where float32 has fewer bits.
         rows.append(
             (
                 as_bits(draw.uniform(1, 2) * 2.0**-70),
@@ -138,21 +131,23 @@ def test_fma_of_float32_is_rounded_once() -> None:
         assert result == exact(FLOAT32, lambda a, b, c: a * b + c, *row), [hex(x) for x in row]
 
 
-def test_fma_beside_a_tie_needs_more_than_float64() -> None:
-    """A product of 48 bits just beside half a unit of the sum: rounding through float64 gives the even neighbour."""
-    # (1 + 2^-23) * 2^-24 + 1 lies above the tie 1 + 2^-24; with 1 + 2^-12 squared the rest has 2^-60 and less.
-    rows = []
-    for shift in range(1, 24):
-        a, b = 1 + 2.0**-shift, 2.0**-24
-        rows.append((as_bits(a), as_bits(b), as_bits(1.0)))
-        rows.append((as_bits(-(2.0**-40)), as_bits(2.0**-40), as_bits(1 + 2.0**-23)))
-    half = as_bits(2.0**-24)
-    rows += [(as_bits(2.0**-35 * sign), as_bits(2.0**-35), half) for sign in (1, -1)]
-    found = evaluate(
-        "fma.rn.f32 {d}, {a}, {b}, {c};", [("f32", list(column)) for column in zip(*rows, strict=True)], "f32"
-    )
-    for row, result in zip(rows, found, strict=True):
-        assert result == exact(FLOAT32, lambda a, b, c: a * b + c, *row), [hex(x) for x in row]
+def test_fma_beside_a_tie_is_not_rounded_by_way_of_float64() -> None:
+    """`(1 + x) (1 - x)` half units lie below a tie by less than float64 can tell, so that it would go to even."""
+    unit = 2.0**-23
+    factors = as_bits(2.0**-12 * (1 + unit)), as_bits(2.0**-12 * (1 - unit))
+    small = as_bits(2.0**-75 * (1 + unit)), as_bits(2.0**-75 * (1 - unit))
+    rows = [
+        (*factors, as_bits(1 + unit)),
+        (factors[0] | NEGATIVE, factors[1], as_bits(1 + unit)),
+        (*factors, as_bits(-1 - unit)),
+        (*small, as_bits(2.0**-127 + 2.0**-149)),  # below the normal numbers, where a unit is 2^-149
+        (*small, as_bits(-(2.0**-127) - 2.0**-149)),
+    ]
+    by_float64 = [as_bits(as_float(a) * as_float(b) + as_float(c)) for a, b, c in rows]
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    found = evaluate("fma.rn.f32 {d}, {a}, {b}, {c};", [("f32", column) for column in columns], "f32")
+    assert found == [exact(FLOAT32, lambda a, b, c: a * b + c, *row) for row in rows]
+    assert all(x != y for x, y in zip(found, by_float64, strict=True))
 
 
 @pytest.mark.parametrize(("type_name", "kind"), [("f16", FLOAT16), ("bf16", BFLOAT16)])
@@ -181,6 +176,24 @@ def test_division_and_square_root_are_rounded_once() -> None:
         assert found == as_bits(math.sqrt(as_float(bits)))  # of 24 bits: rounding twice does no harm
     for bits, found in zip(numbers, evaluate("rcp.rn.f32 {d}, {a};", [("f32", numbers)], "f32"), strict=True):
         assert found == exact(FLOAT32, lambda x: 1 / x, bits)
+
+
+def test_float64_has_its_own_rounding() -> None:
+    draw = random.Random(5)
+    rows = [[draw.uniform(-1, 1) * 2.0 ** draw.randint(-60, 60) for _ in range(3)] for _ in range(60)]
+    rows += [
+        [1 + 2.0**-30, 1 - 2.0**-30, -1.0],
+        [1 + 2.0**-52, 1 - 2.0**-52, 2.0**53],
+        [0.0, 1.0, -0.0],
+        [1e300, 1e300, 1.0],
+    ]
+    columns = [np.array(column).view(np.uint64).tolist() for column in zip(*rows, strict=True)]
+    found = evaluate("fma.rn.f64 {d}, {a}, {b}, {c};", [("f64", column) for column in columns], "f64")
+    for (a, b, c), result in zip(rows, np.array(found, np.uint64).view(np.float64).tolist(), strict=True):
+        exact_sum = Fraction(a) * Fraction(b) + Fraction(c)
+        assert result == (math.inf if exact_sum > 2**1024 else float(exact_sum)), (a, b, c)
+    found = evaluate("abs.f64 %d5, {a}; sqrt.rn.f64 {d}, %d5;", [("f64", columns[0])], "f64")
+    assert np.array(found, np.uint64).view(np.float64).tolist() == [math.sqrt(abs(row[0])) for row in rows]
 
 
 @pytest.mark.parametrize(("root", "pick"), [("min", min), ("max", max)])

@@ -280,6 +280,13 @@ def test_both_results_of_setp_are_combined_with_the_third_source(name: str, comb
         assert result == combine(a < b, not c) + 2 * combine(not a < b, not c), (a, b, c)
 
 
+def test_a_result_may_be_thrown_away() -> None:
+    text = "setp.lt.u32 _|%p2, {a}, 2; selp.u32 {d}, 1, 0, %p2;"
+    assert evaluate(text, [("u32", [0, 1, 2, 3])], "u32") == [0, 0, 1, 1]
+    text = "shfl.sync.down.b32 _|%p2, {a}, 30, 31, -1; selp.u32 {d}, 1, 0, %p2;"
+    assert evaluate(text, [("u32", [0] * 32)], "u32") == [1, 1] + [0] * 30
+
+
 def test_slct_chooses_by_a_sign() -> None:
     signs = [0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
     found = evaluate("slct.u32.s32 {d}, {a}, {b}, {c};", [("u32", [5] * 5), ("u32", [6] * 5), ("u32", signs)], "u32")

@@ -1,13 +1,14 @@
 """The chain from a torch operator to the PTX of its kernel, and what the simulated card refuses."""
 
 import ctypes
-import shutil
 
 import pytest
 import torch
 
+from hf_lmopt.cuda_toolkit import find_nvcc
+
 from .card import SimulatedCard
-from .launch import extent, load_simulation, simulate, with_bug
+from .launch import between_guards, extent, load_simulation, simulate, with_bug
 from .parser import Module
 from .ptx import PtxError
 from .run import (
@@ -21,7 +22,7 @@ from .run import (
 )
 
 
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc compiles the kernels")
+needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="nvcc compiles the kernels")
 KERNEL = ".entry k(.param .u32 x)\n.maxntid 256, 1, 1\n{ .shared .align 4 .b8 tile[1024]; .reg .b32 %r1; ret; }"
 
 
@@ -84,6 +85,15 @@ def test_the_extent_of_a_view_ends_with_its_last_element() -> None:
     assert extent(whole) == 160
     assert extent(whole[:, :3]) == (9 * 8 + 3) * 2
     assert extent(whole.t()[2:4]) == (9 * 8 + 2) * 2
+
+
+def test_a_copy_between_guards_has_the_same_strides_and_values() -> None:
+    whole = torch.arange(60.0).reshape(3, 4, 5)
+    for view in (whole, whole[1:, :, ::2], whole.transpose(0, 2), whole[:, :1].expand(3, 4, 5), whole[0, 0, 0]):
+        copy = between_guards(view)
+        assert torch.equal(copy, view)
+        assert copy.stride() == view.stride()
+        assert copy.data_ptr() - copy.untyped_storage().data_ptr() == 4096 * 4
 
 
 def run_step(parameter: torch.Tensor, gradient: torch.Tensor, architecture: str, **options: object) -> Run:

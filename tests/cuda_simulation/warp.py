@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .decoding import Step, assigned, computed, data_type, executes, items_of, together
+from .decoding import Step, assigned_together, computed, data_type, executes, items_of
 from .ordering import LANES
 from .ptx import Instruction
 from .registers import Array
@@ -68,20 +68,15 @@ def decode_shuffle(batch: Batch, instruction: Instruction) -> Step:
     value, lane, clamp = (batch.registers.read(operand, "u32") for operand in instruction.operands[1:4])
     members = _members(batch, instruction, 4)
     mode = next(m for m in instruction.modifiers if m in ("bfly", "idx", "up", "down"))
-    found = np.zeros((2, batch.num_threads), np.uint32)
 
-    def shuffle() -> Array:
+    def shuffle() -> list[Array]:
         _check_named(batch, instruction, members)
         source, in_range = _source_lane(mode, _by_warp(batch, lane), _by_warp(batch, clamp))
         _check_source(batch, instruction, source)
-        found[0] = np.take_along_axis(_by_warp(batch, value), source, axis=1).ravel()
-        found[1] = in_range.ravel()
-        return found[0]
+        moved = np.take_along_axis(_by_warp(batch, value), source, axis=1)
+        return [moved.ravel(), in_range.ravel()][: len(results)]
 
-    steps = [assigned(batch, results[0], shuffle, "u32")]
-    if len(results) > 1:
-        steps.append(assigned(batch, results[1], lambda: found[1], "pred"))
-    return together(steps)
+    return assigned_together(batch, list(zip(results, ("u32", "pred"), strict=False)), shuffle)
 
 
 def _by_warp(batch: Batch, values: Array) -> Array:

@@ -194,6 +194,27 @@ class BackwardBlock {
     return first_row_of_warp_ + 16 * tile + row_of_sum(lane_, 2 * half);
   }
 
+  // Calls turn(tile, n, facts) for each of a lane's sums of 16 x 8, with the facts of its two queries.
+  template <class Turn>
+  LMOPT_DEVICE void for_each_tile(int stage, const Turn& turn) const {
+#pragma unroll
+    for (int n = 0; n < kInnerTiles; ++n) {
+      QueryFacts facts[2];
+      if constexpr (kRowsAreKeys) {
+        facts[0] = inner_facts(stage)[8 * n + column_of_sum(lane_, 0)];
+        facts[1] = inner_facts(stage)[8 * n + column_of_sum(lane_, 1)];
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTilesPerWarp; ++tile) {
+        if constexpr (!kRowsAreKeys) {
+          facts[0] = outer_facts_[tile][0];
+          facts[1] = outer_facts_[tile][1];
+        }
+        turn(tile, n, facts);
+      }
+    }
+  }
+
   LMOPT_DEVICE void add_gradients_of(int step, int stage) {
     Sums weights[kTilesPerWarp][kInnerTiles], score_gradients[kTilesPerWarp][kInnerTiles];
     multiply_by_rows<T>(weights, outer_first_, first_row_of_warp_, inner_first(stage), lane_);
@@ -202,24 +223,17 @@ class BackwardBlock {
     }
     const bool is_mixed = state_of_step(step) == BlockState::mixed;
     const ScoreGradients<T, kRowsAreKeys> scores{call_, forget_origin(batch_), head_of(step), is_mixed, lane_};
-#pragma unroll
-    for (int tile = 0; tile < kTilesPerWarp; ++tile) {
-#pragma unroll
-      for (int n = 0; n < kInnerTiles; ++n) {
+    if (scores.is_plain()) {
+      for_each_tile(stage, [&](int tile, int n, const QueryFacts(&facts)[2]) {
+        scores.turn_plainly(weights[tile][n], score_gradients[tile][n], facts);
+      });
+    } else {
+      for_each_tile(stage, [&](int tile, int n, const QueryFacts(&facts)[2]) {
         const int row = first_outer_ + first_row_of_warp_ + 16 * tile, column = first_inner_of(step) + 8 * n;
-        QueryFacts facts[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if constexpr (kRowsAreKeys) {
-            facts[i] = inner_facts(stage)[8 * n + column_of_sum(lane_, i)];
-          } else {
-            facts[i] = outer_facts_[tile][i];
-          }
-        }
         scores.turn(
             weights[tile][n], score_gradients[tile][n], kRowsAreKeys ? column : row, kRowsAreKeys ? row : column,
             facts);
-      }
+      });
     }
     if constexpr (kHasSecond) multiply_add_columns<T>(second_gradient_, weights, inner_second(stage), lane_);
     if constexpr (kHasFirst) multiply_add_columns<T>(first_gradient_, score_gradients, inner_first(stage), lane_);

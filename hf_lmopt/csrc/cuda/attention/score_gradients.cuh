@@ -34,6 +34,20 @@ struct ScoreGradients {
   bool is_mixed;  // whether some of the pairs are not seen
   int lane;
 
+  // Whether products are all that counts: then turn_plainly() does, in a third of the instructions.
+  LMOPT_DEVICE bool is_plain() const { return !is_mixed && call.dropout.threshold == 0 && !needs_scores(call); }
+
+  // A query that does not exist has products of 0 and a log2_sum of inf, which makes weights of 0.
+  LMOPT_DEVICE void turn_plainly(Sums& products, Sums& weight_gradients, const QueryFacts (&facts)[2]) const {
+    const float factor = exponent_scale(call);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const QueryFacts& of_query = facts[kRowsAreKeys ? i & 1 : i >> 1];
+      products[i] = exp2_approximately(fmaf(products[i], factor, -of_query.log2_sum));
+      weight_gradients[i] = products[i] * (weight_gradients[i] - of_query.delta);
+    }
+  }
+
   // Turns products of query and key into weights, 0 where dropped and else still to be scaled, and products of value
   // and output gradient into gradients of scores, still to be multiplied by the scale of the products. `facts` are
   // those of the lane's two queries. Of products the gradient is that of scores times the softcap's slope, unless the

@@ -151,16 +151,9 @@ class TileCopy {
 
   template <class CopyRow>
   LMOPT_DEVICE static void for_each_row(int thread, const CopyRow& copy_row) {
-    if constexpr (kIsHeld) {  // registers have no index
 #pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        copy_row(pass, thread / kLanesPerRow + pass * kRowsPerPass, thread % kLanesPerRow);
-      }
-    } else {
-#pragma unroll 1
-      for (int pass = 0; pass < kPasses; ++pass) {
-        copy_row(pass, thread / kLanesPerRow + pass * kRowsPerPass, thread % kLanesPerRow);
-      }
+    for (int pass = 0; pass < kPasses; ++pass) {
+      copy_row(pass, thread / kLanesPerRow + pass * kRowsPerPass, thread % kLanesPerRow);
     }
   }
 
