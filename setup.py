@@ -34,7 +34,7 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         architectures = build_extension.architectures_ahead_of_time()
-        build_extension.build_library(Path(self.get_ext_fullpath(ext.name)), architectures)
+        build_extension.build_library(Path(self.get_ext_fullpath(ext.name)), architectures, is_strict=True)
 
 
 class PlatformWheel(bdist_wheel):

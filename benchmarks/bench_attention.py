@@ -1,18 +1,19 @@
 """
-Compiled attention beside torch's `scaled_dot_product_attention` on a CPU: time, share of the peak, memory.
+Compiled attention beside torch's `scaled_dot_product_attention`: time, share of the peak, memory.
 
     GOMP_CPU_AFFINITY="0 1" python benchmarks/bench_attention.py                       # nothing else may run
     GOMP_CPU_AFFINITY="0 1" python benchmarks/bench_attention.py --only dense_512 padding
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 HF_LMOPT_CPU_CAPABILITY=avx2 GOMP_CPU_AFFINITY="0 1" \\
         python benchmarks/bench_attention.py --output benchmarks/results/attention_avx2.json
+    python benchmarks/bench_attention.py --device cuda                                 # bench_attention_cuda.py
 
 The cases are the `bench_` ones of `tests/attention_cases.py`. Each is compared with the definition in float64 before
 it is timed, by the rule of the tests. Then both take turns in one process; times are medians over the rounds. SDPA
 gets packing and windows as the boolean mask that they are, made beforehand.
 
-The peak is what the same threads do in registers alone (`peak_flops.cpp`), measured before and after each case. FLOPs
-count the pairs of query and key that are seen: 4 D for each forward, 10 D backward. Memory is the growth of the
-process at its largest. The last line printed is a summary in JSON.
+On a CPU the peak is what the same threads do in registers alone (`peak_flops.cpp`), measured before and after each
+case. FLOPs count the pairs of query and key that are seen: 4 D for each forward, 10 D backward. Memory is the growth
+of the process at its largest. The last line printed is a summary in JSON.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-from attention_cases import BENCHMARK_CASES, CASES, DIFFERENTIABLE, Arguments, build_inputs, convert_inputs  # noqa: E402
-from attention_closeness import check_within_twice_the_error, run_attention  # noqa: E402
-from recomputing_attention import recomputing_attention  # noqa: E402
+import bench_attention_cuda  # noqa: E402
+from attention_cases import BENCHMARK_CASES, CASES, DIFFERENTIABLE, build_inputs  # noqa: E402
+from attention_on_few_heads import check_closeness  # noqa: E402
 
-from hf_lmopt.attention import attention, attention_reference, build_visibility  # noqa: E402
+from hf_lmopt.attention import attention  # noqa: E402
 from hf_lmopt.build_extension import find_compiler, load_extension  # noqa: E402
 from hf_lmopt.checkpointing import write_json  # noqa: E402
 from hf_lmopt.publishing import run_facts  # noqa: E402
+from hf_lmopt.selftest.contenders import sdpa, sdpa_arguments  # noqa: E402
+from hf_lmopt.selftest.roofline import BOTH, FORWARD, count_flops  # noqa: E402
 
 
 RESULTS = HERE / "results" / "attention.json"
@@ -61,43 +62,31 @@ def main(argv: list[str] | None = None) -> None:
     names = [name.removeprefix("bench_") for name in BENCHMARK_CASES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=names, choices=names, metavar="CASE")
-    parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--dtypes", nargs="*", choices=bench_attention_cuda.DTYPES, help="All of the device if not given."
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no_memory", action="store_true", help="Leave the memory of long inputs out.")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path)
     args = parser.parse_args(argv)
+    if args.device == "cuda":
+        bench_attention_cuda.main(args.only, args.dtypes, args.output)
+        return
+    dtypes, output = args.dtypes or list(DTYPES), args.output or RESULTS
     torch.set_num_threads(args.threads)
     capability = load_extension().cpu_capability
     with tempfile.TemporaryDirectory() as folder:
         peak = Peak(Path(folder), args.threads)
         print(f"{'case':18} {'type':9} {'way':9} {'SDPA ms':>9} {'ours ms':>9} {'ratio':>6} {'GFLOP/s':>8} of peak")
-        rows = [row for name in args.only for dtype in args.dtypes for row in measure_case(name, dtype, peak)]
+        rows = [row for name in args.only for dtype in dtypes for row in measure_case(name, dtype, peak)]
     memory = [] if args.no_memory else [measure_memory(length) for length in MEMORY_LENGTHS]
     results = {"capability": capability, "threads": args.threads, "cases": rows, "memory": memory, **run_facts(SEED)}
-    args.output.parent.mkdir(exist_ok=True)
-    write_json(args.output, results)
-    print(json.dumps({"output": args.output.name, **summarize(rows)}))
+    write_json(output, results)
+    print(json.dumps({"output": output.name, **summarize(rows)}))
 
 
 # ---- Contenders ----
-
-
-def sdpa_arguments(arguments: Arguments) -> dict[str, Any]:
-    """The same call for torch; what it has no argument for becomes a boolean mask."""
-    names = ("query", "key", "value")
-    call: dict[str, Any] = {"scale": arguments["scale"], "dropout_p": arguments.get("dropout_p", 0.0)}
-    is_packed, window = "cu_seqlens_q" in arguments, arguments["window"]
-    if arguments.get("bias") is not None:
-        call["attn_mask"] = arguments["bias"]
-    elif is_packed or window != (None, None) or "mask" in arguments:
-        shown = ("mask", "cu_seqlens_q", "cu_seqlens_k", "is_causal", "window")
-        call["attn_mask"] = build_visibility(
-            arguments["query"], arguments["key"], **{name: arguments[name] for name in shown if name in arguments}
-        )
-    elif arguments["is_causal"] and arguments["query"].shape[2] > 1:
-        call["is_causal"] = True
-    call["enable_gqa"] = arguments["query"].shape[1] != arguments["key"].shape[1]
-    return {name: arguments[name] for name in names} | call
 
 
 def forward_and_backward(function: Callable[..., Any], call: dict[str, Any], names: list[str]) -> Callable[[], None]:
@@ -115,61 +104,35 @@ def forward_and_backward(function: Callable[..., Any], call: dict[str, Any], nam
     return run
 
 
-def torch_attention(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, **kwargs)
-
-
 # ---- Measuring ----
 
 
 def measure_case(name: str, dtype_name: str, peak: Peak) -> list[dict[str, Any]]:
     case, dtype = CASES[f"bench_{name}"], DTYPES[dtype_name]
     arguments = build_inputs(f"bench_{name}", dtype, SEED)
-    check_closeness(arguments, dtype)
+    check_closeness(arguments)
     ours, theirs = arguments, sdpa_arguments(arguments)
     names = [each for each in DIFFERENTIABLE if each in arguments]
     their_names = ["attn_mask" if each == "bias" else each for each in names]
     with torch.no_grad():
-        rows = [
-            measure(name, dtype_name, "forward", lambda: torch_attention(**theirs), lambda: attention(**ours), peak)
-        ]
+        rows = [measure(name, dtype_name, "forward", lambda: sdpa(**theirs), lambda: attention(**ours), peak)]
     if case.shape[3] > 1:  # nobody trains by decoding
         both = (
-            forward_and_backward(torch_attention, theirs, their_names),
+            forward_and_backward(sdpa, theirs, their_names),
             forward_and_backward(attention, ours, names),
         )
         rows.append(measure(name, dtype_name, "both", *both, peak))
     return rows
 
 
-def check_closeness(arguments: Arguments, dtype: torch.dtype) -> None:
-    """On two heads of one entry, since the definition keeps all scores."""
-    few = {name: shrink(name, value) for name, value in arguments.items()}
-    group = arguments["query"].shape[1] // arguments["key"].shape[1]
-    few["query"] = arguments["query"][:1, :group]
-    if "sinks" in few:
-        few["sinks"] = arguments["sinks"][:group]
-    exact = run_attention(attention_reference, convert_inputs(few, torch.float64))
-    ours, plain, recomputed = (
-        run_attention(way, few) for way in (attention, attention_reference, recomputing_attention)
-    )
-    check_within_twice_the_error(ours, plain, exact, recomputed)
-
-
-def shrink(name: str, value: Any) -> Any:
-    if name in ("key", "value", "mask", "bias"):
-        return value[:1, :1]
-    return value
-
-
 def measure(
     name: str, dtype_name: str, way: str, theirs: Callable[[], Any], ours: Callable[[], Any], peak: Peak
 ) -> dict[str, Any]:
     """One row of the table."""
-    case = CASES[f"bench_{name}"]
     before = peak.measure(dtype_name)
     sdpa_seconds, our_seconds = median_times(theirs, ours)
-    flops = count_seen_pairs(name) * case.shape[5] * (4 if way == "forward" else 14)
+    arguments = build_inputs(f"bench_{name}", torch.bfloat16, SEED)
+    flops = count_flops(arguments, FORWARD if way == "forward" else BOTH)
     row = {
         "case": name,
         "type": dtype_name,
@@ -202,18 +165,6 @@ def median_times(*runs: Callable[[], Any]) -> list[float]:
             run()
             seconds.append(time.perf_counter() - begin)
     return [median(seconds) for seconds in times]
-
-
-def count_seen_pairs(name: str) -> int:
-    """Of query and key, over all entries and heads."""
-    case = CASES[f"bench_{name}"]
-    arguments = build_inputs(f"bench_{name}", torch.bfloat16, SEED)
-    shown = ("mask", "cu_seqlens_q", "cu_seqlens_k", "is_causal", "window")
-    visible = build_visibility(
-        arguments["query"], arguments["key"], **{each: arguments[each] for each in shown if each in arguments}
-    )
-    batch_size, num_heads, *_ = case.score_shape
-    return int(visible.sum()) * (batch_size // visible.shape[0]) * (num_heads // visible.shape[1])
 
 
 class Peak:

@@ -224,7 +224,12 @@ def cache_dir() -> Path:
 # ---- Building it ----
 
 
-def build_library(path: Path, architectures: tuple[str, ...] = (), compiler: list[str] | None = None) -> None:
+def build_library(
+    path: Path,
+    architectures: tuple[str, ...] = (),
+    compiler: list[str] | None = None,
+    is_strict: bool = False,
+) -> None:
     """
     Compiles and links all sources into the library `path`, which appears only when it is complete.
 
@@ -235,6 +240,8 @@ def build_library(path: Path, architectures: tuple[str, ...] = (), compiler: lis
             Those of the CUDA part; without any it is left out.
         compiler (`list[str]`, *optional*):
             Command of the C++ compiler; see [`find_compiler`].
+        is_strict (`bool`, *optional*, defaults to `False`):
+            Whether a CUDA kernel that spills registers is an error.
 
     Raises:
         ExtensionUnavailable: with the compiler's message, or if torch's headers, a compiler or nvcc are missing, or
@@ -246,7 +253,9 @@ def build_library(path: Path, architectures: tuple[str, ...] = (), compiler: lis
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as folder:
         build_dir, library = Path(folder), Path(folder) / path.name
-        kernels = {} if nvcc is None else kernel_commands(nvcc, compiler, SOURCE_DIR, build_dir, architectures)
+        kernels = {}
+        if nvcc is not None:
+            kernels = kernel_commands(nvcc, compiler, SOURCE_DIR, build_dir, architectures, is_strict)
         others = compile_commands(compiler, torch_dir, build_dir, with_cuda=nvcc is not None)
         with ThreadPoolExecutor(MAX_COMPILE_JOBS) as pool:
             # Kernels take longest. The first error that is read is raised, after the jobs that have begun.

@@ -107,6 +107,11 @@ def parse_architectures(text: str) -> tuple[str, ...]:
                 "without the dot, with +ptx where PTX is wanted, and semicolons between them. Write, for example, "
                 f"{';'.join(SHIPPED)!r}."
             )
+        if name.endswith("+ptx") and _number_of(name) < 80:
+            raise ValueError(
+                f"{ARCHITECTURES}={text!r} has {name!r}. PTX for Turing would run on newer cards, without bfloat16 "
+                "and asynchronous copies. Allowed with +ptx are 80 and newer: leave +ptx out, or put it to a newer one."
+            )
     return sort_architectures(names)
 
 

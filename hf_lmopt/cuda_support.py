@@ -55,6 +55,8 @@ def why_no_code(device: torch.device | str = "cuda") -> str | None:
     capability = capability_of(device)
     if code_serving(capability, architectures) is not None:
         return None
+    if capability < COMPILED[0]:
+        return f"sm_{capability} is older than Turing (sm_{COMPILED[0]}), the first that kernels are written for"
     return (
         f"the extension has CUDA code for {', '.join(architectures)} alone, which sm_{capability} does not run; "
         f"{ARCHITECTURES}={capability} builds for it"

@@ -53,7 +53,7 @@ from transformers import (
 )
 
 from hf_lmopt import LMOptArguments, LMOptTrainer
-from hf_lmopt.attention.choice import AttentionChoice, build_skeleton, choose_attention
+from hf_lmopt.attention.choice import AttentionChoice, autocast_dtype_of, build_skeleton, choose_attention
 from hf_lmopt.checkpointing import new_directory, prepare_output_dir, write_json
 from hf_lmopt.data.classification import (
     SPLITS,
@@ -190,7 +190,8 @@ def main(argv: list[str] | None = None) -> None:
     compute_loss = build_weighted_loss(recipe, examples["train"], encoder)
     prepare_output_dir(folder, resume=bool(args.resume_from_checkpoint) or recipe.lr_find)
     set_seed(args.seed)  # The head starts from random weights.
-    attention = choose_attention(recipe.attn, build_skeleton_of_model(recipe), args.device.type)
+    skeleton = build_skeleton_of_model(recipe)
+    attention = choose_attention(recipe.attn, skeleton, args.device.type, autocast_dtype_of(args))
     print(attention)
     model, tokenizer = build_model(recipe, encoder, attention.implementation)
     max_length = choose_max_length(recipe.max_length, tokenizer, model.config)

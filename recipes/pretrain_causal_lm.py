@@ -40,7 +40,7 @@ from transformers import (
 
 from hf_lmopt import LMOptArguments, LMOptTrainer
 from hf_lmopt.arguments import parse_mapping
-from hf_lmopt.attention.choice import AttentionChoice, build_skeleton, choose_attention
+from hf_lmopt.attention.choice import AttentionChoice, autocast_dtype_of, build_skeleton, choose_attention
 from hf_lmopt.checkpointing import new_directory, newest_complete_checkpoint, prepare_output_dir, write_json
 from hf_lmopt.data import (
     PackedDocuments,
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     tokenizer = load_tokenizer(recipe, corpus.train)
     skeleton = build_skeleton(AutoModelForCausalLM.from_config, load_config(recipe, tokenizer))
-    attention = choose_attention(recipe.attn, skeleton, args.device.type)
+    attention = choose_attention(recipe.attn, skeleton, args.device.type, autocast_dtype_of(args))
     print(attention)
     model = load_model(recipe, tokenizer, attention.implementation)
     check_packing(model)

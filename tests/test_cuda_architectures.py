@@ -181,3 +181,9 @@ def test_without_a_driver_or_with_one_that_has_no_card_there_is_none(
     assert cards_in_machine.__wrapped__() == ()
     monkeypatch.setattr(cuda_architectures, "NVML", "libno-such-driver.so.1")
     assert cards_in_machine.__wrapped__() == ()
+
+
+def test_ptx_for_turing_is_refused() -> None:
+    """It would run on newer cards, which are asked for bfloat16."""
+    with pytest.raises(ValueError, match=r"has '75\+ptx'. PTX for Turing.*leave \+ptx out"):
+        parse_architectures("75+ptx;80")

@@ -167,10 +167,12 @@ def test_a_toolkit_without_the_static_runtime_is_refused_before_anything_is_comp
 
 
 @needs_nvcc
-def test_a_kernel_that_spills_registers_is_an_error(tmp_path: Path) -> None:
+def test_a_kernel_that_spills_registers_is_an_error_ahead_of_time(tmp_path: Path) -> None:
     (tmp_path / "cuda").mkdir()
     (tmp_path / "cuda" / "spill.cu").write_text(SPILLING_KERNEL)
-    (command,) = kernel_commands(find_nvcc(), find_compiler(), tmp_path, tmp_path, ["80"]).values()
+    (at_first_use,) = kernel_commands(find_nvcc(), find_compiler(), tmp_path, tmp_path, ["80"]).values()
+    run_compiler(at_first_use)
+    (command,) = kernel_commands(find_nvcc(), find_compiler(), tmp_path, tmp_path, ["80"], is_strict=True).values()
     with pytest.raises(ExtensionUnavailable, match=r"(?s)nvcc ... cuda-spill.cuda.o.*HF_LMOPT_CUDA=0.*spill"):
         run_compiler(command, cuda_toolkit.NVCC_ADVICE)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..cuda_support import code_for_device
 from .backends import find_extension, why_no_backend
@@ -80,6 +80,11 @@ def choose_attention(
             "'auto', which takes that."
         )
     return AttentionChoice(default, f"not {ATTN_IMPLEMENTATION}, since {obstacle}")
+
+
+def autocast_dtype_of(args: TrainingArguments) -> torch.dtype | None:
+    """What a Trainer with these arguments computes in by autocast; None where it does without."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def build_skeleton(build: Callable[[Any], PreTrainedModel], config: Any) -> PreTrainedModel:

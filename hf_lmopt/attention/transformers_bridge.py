@@ -142,8 +142,9 @@ def run_attention(
         window=window,
         softcap=softcap,
         dropout_p=dropout,
-        # From the generator that activation checkpointing restores, so that it draws the same seed again.
-        dropout_seed=torch.randint(2**63 - 1, ()) if dropout > 0 else None,
+        # From the generator that activation checkpointing restores, so that it draws the same seed again; on the
+        # device, where a captured graph draws another one each time.
+        dropout_seed=torch.randint(2**63 - 1, (), device=query.device) if dropout > 0 else None,
     )
     return output[..., : value.shape[-1]].transpose(1, 2).contiguous(), None
 

@@ -127,6 +127,28 @@ def test_nan_that_is_seen_comes_out(name: str) -> None:
         assert not (expected.isnan() & ~results[key].isnan()).any(), key
 
 
+@pytest.mark.parametrize(("architecture", "dtype"), CARDS[:2])
+def test_a_large_negative_bias_over_a_whole_row_leaves_its_differences(architecture: str, dtype: torch.dtype) -> None:
+    """Some models mask by -1e9; a row of padding then has weights that are equal, not overflown."""
+    arguments = build_inputs("dense_113_203", dtype)
+    arguments["bias"] = torch.zeros(1, 1, 113, 203)
+    arguments["bias"][:, :, 50:] = -1e9
+    results, expected = (
+        run_attention(f, arguments) for f in (CardOfAttention(architecture).attention, attention_reference)
+    )
+    assert torch.allclose(results["output"].float(), expected["output"].float(), atol=0.01)
+    assert all(result.isfinite().all() for result in results.values())
+
+
+def test_a_window_without_end_is_none() -> None:
+    arguments = build_inputs("window_more_queries", torch.float16)
+    results, expected = (
+        run_attention(CardOfAttention("sm_80").attention, arguments | {"window": window})
+        for window in ((2**63 - 1, None), (None, None))
+    )
+    assert all(torch.equal(result, expected[name]) for name, result in results.items())
+
+
 def test_dropout_keeps_the_same_weights_as_on_the_cpu() -> None:
     """Values of one bit each, so that the output says which weights were kept."""
     query = torch.zeros(1, 1, 40, 32)

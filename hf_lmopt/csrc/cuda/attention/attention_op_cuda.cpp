@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
     const Tensor dense_logsumexp = make_contiguous_on_device(logsumexp, ScalarType::Float);
     MaybeTensor dense_logsumexp_gradient;
     if (logsumexp_gradient) dense_logsumexp_gradient = make_contiguous_on_device(*logsumexp_gradient, ScalarType::Float);
-    const Tensor log2_sums = new_rows_of_floats(arguments), deltas = new_rows_of_floats(arguments);
+    const Tensor origins = new_rows_of_floats(arguments), deltas = new_rows_of_floats(arguments);
     const PreparedCall prepared(arguments, stream);
     const DeviceCall call = prepared.with_results(output_rows, dense_logsumexp);
     DeviceGradients gradients{};
@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
     gradients.query = describe_on_device(query_gradient);
     gradients.key = describe_on_device(key_gradient);
     gradients.value = describe_on_device(value_gradient);
-    gradients.log2_sums = floats_of(log2_sums);
+    gradients.origins = floats_of(origins);
     gradients.deltas = floats_of(deltas);
     check_launch(launch_prepare_backward(call, gradients, stream), "Preparing the gradients of attention");
     check_launch(launch_backward(call, gradients, prepared.card(), stream), "The gradients of attention");

@@ -58,7 +58,7 @@ class BackwardBlock {
   }
 
  private:
-  static constexpr BackwardShape kShape = backward_shape(kHeadSize, kGeneration);
+  static constexpr BackwardShape kShape = backward_shape(kOf, kHeadSize, kGeneration);
   static constexpr bool kRowsAreKeys = kOf != GradientOf::query;
   static constexpr bool kHasFirst = kOf != GradientOf::value;
   static constexpr bool kHasSecond = kOf == GradientOf::value || kOf == GradientOf::key_and_value;
@@ -116,8 +116,7 @@ class BackwardBlock {
   }
 
   LMOPT_DEVICE int find_step(int step) const {
-    while (step < num_steps_ && state_of_step(step) == BlockState::empty) ++step;
-    return step;
+    return find_first(step, num_steps_, lane_, [&](int i) { return state_of_step(i) != BlockState::empty; });
   }
 
   // Rows of key or value, of those that are seen.
@@ -198,17 +197,17 @@ class BackwardBlock {
   template <class Turn>
   LMOPT_DEVICE void for_each_tile(int stage, const Turn& turn) const {
 #pragma unroll
-    for (int n = 0; n < kInnerTiles; ++n) {
-      QueryFacts facts[2];
-      if constexpr (kRowsAreKeys) {
-        facts[0] = inner_facts(stage)[8 * n + column_of_sum(lane_, 0)];
-        facts[1] = inner_facts(stage)[8 * n + column_of_sum(lane_, 1)];
-      }
+    for (int tile = 0; tile < kTilesPerWarp; ++tile) {
 #pragma unroll
-      for (int tile = 0; tile < kTilesPerWarp; ++tile) {
-        if constexpr (!kRowsAreKeys) {
-          facts[0] = outer_facts_[tile][0];
-          facts[1] = outer_facts_[tile][1];
+      for (int n = 0; n < kInnerTiles; ++n) {
+        QueryFacts facts[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if constexpr (kRowsAreKeys) {
+            facts[i] = inner_facts(stage)[8 * n + column_of_sum(lane_, i)];
+          } else {
+            facts[i] = outer_facts_[tile][i];
+          }
         }
         turn(tile, n, facts);
       }
@@ -289,7 +288,7 @@ template <class T, int kHeadSize, GradientOf kOf>
 constexpr bool kIsCompiled = kHasProducts<T> && uses_gradient_kernel(kOf, kHeadSize, kGeneration);
 
 template <class T, int kHeadSize, GradientOf kOf>
-__global__ void __launch_bounds__(backward_shape(kHeadSize, kGeneration).num_threads(), 1)
+__global__ void __launch_bounds__(backward_shape(kOf, kHeadSize, kGeneration).num_threads(), 1)
     attention_backward_kernel(const DeviceCall call, const DeviceGradients gradients) {
   extern __shared__ __align__(128) unsigned char shared[];
   if constexpr (kIsCompiled<T, kHeadSize, kOf>) {

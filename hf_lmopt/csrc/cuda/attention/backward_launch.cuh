@@ -14,7 +14,7 @@ namespace cuda {
 template <class T, int kHeadSize, GradientOf kOf>
 int launch_gradient_of(const DeviceCall& call, const DeviceGradients& gradients, const Card& card, void* stream) {
   constexpr bool kRowsAreKeys = kOf != GradientOf::query;
-  const BackwardShape shape = backward_shape(kHeadSize, card.generation());
+  const BackwardShape shape = backward_shape(kOf, kHeadSize, card.generation());
   const int64_t num_rows = kRowsAreKeys ? call.num_keys : call.num_queries;
   const int64_t num_heads = kRowsAreKeys ? call.num_key_heads : call.num_heads;
   const int64_t num_row_blocks = (num_rows + shape.num_outer_rows() - 1) / shape.num_outer_rows();

@@ -63,7 +63,7 @@ struct DeviceGradients {
   DeviceTensor output_gradient;
   const float* logsumexp_gradient;  // [B, Hq, Lq], or null
   DeviceTensor query, key, value;
-  float* log2_sums;  // [B, Hq, Lq]: the logsumexp in base 2, inf where nothing is seen
+  float* origins;    // [B, Hq, Lq]: the logsumexp as exponent_above() takes it, inf where nothing is seen
   float* deltas;     // [B, Hq, Lq]: output * its gradient, less that of the logsumexp
   float* bias;       // contiguous [Bb, Hb, Qb, Lk], or null
   int32_t bias_batch_size, bias_num_heads, bias_num_queries;

@@ -35,6 +35,7 @@ class ForwardBlock {
         first_row_of_warp_(threadIdx.x / kWarpSize * 16 * kTilesPerWarp) {
     find_place();
     keys_seen_ = call.visibility.keys_seen(batch_, key_head_);
+    has_scores_ = needs_scores(call);
     factor_ = exponent_scale(call);
   }
 
@@ -153,14 +154,12 @@ class ForwardBlock {
 
   // The next step, from this one on, whose keys any query of the block sees.
   LMOPT_DEVICE int find_step(int step) const {
-    while (step < end_step_ && state_of_step(step) == BlockState::empty) ++step;
-    return step;
+    return find_first(step, end_step_, lane_, [&](int i) { return state_of_step(i) != BlockState::empty; });
   }
 
   LMOPT_DEVICE void turn_into_scores(Sums (&scores)[kTilesPerWarp][kKeyTiles], int first_key) const {
-    const bool has_rules = needs_scores(call_);
     const bool is_mixed = state_of_step(first_key / kKeys) == BlockState::mixed;
-    if (!has_rules && !is_mixed) return;
+    if (!has_scores_ && !is_mixed) return;
 #pragma unroll
     for (int tile = 0; tile < kTilesPerWarp; ++tile) {
 #pragma unroll
@@ -174,7 +173,7 @@ class ForwardBlock {
           for (int side = 0; side < 2; ++side) {
             const int key = first_key + 8 * n + column_of_sum(lane_, side);
             float& score = scores[tile][n][2 * half + side];
-            if (has_rules) score = apply_rules<T>(call_, score, bias, key);
+            if (has_scores_) score = apply_rules<T>(call_, score, bias, key);
             if (is_mixed && !seen.has(key)) score = -kInfinity;
           }
         }
@@ -195,15 +194,18 @@ class ForwardBlock {
         }
         largest = max_over_row(largest);
         const float origin = origin_of(largest);
-        const float shrink = exp2_approximately(exponent_of(largest_[tile][half]) - origin);
+        const float shrink = exp2_approximately(
+            has_scores_ ? (largest_[tile][half] - origin) * factor_ : exponent_of(largest_[tile][half]) - origin);
         largest_[tile][half] = largest;
         sum_[tile][half] *= shrink;
+        // As exponent_above() says, without a branch for each number.
+        const float base = has_scores_ ? origin : 0, shift = has_scores_ ? 0 : origin;
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n) {
 #pragma unroll
           for (int side = 0; side < 2; ++side) {
             float& score = scores[tile][n][2 * half + side];
-            score = exp2_approximately(fmaf(score, factor_, -origin));
+            score = exp2_approximately(fmaf(score - base, factor_, -shift));
             sum_[tile][half] += score;
           }
         }
@@ -219,10 +221,10 @@ class ForwardBlock {
   // Rounded, and so the same each time; never a part of a fused multiplication and addition.
   LMOPT_DEVICE float exponent_of(float score) const { return __fmul_rn(score, factor_); }
 
-  // What exponents are counted from; where nothing is seen, any number will do.
+  // What exponents are counted from, see exponent_above(); where nothing is seen, any number will do.
   LMOPT_DEVICE float origin_of(float largest) const {
-    const float exponent = exponent_of(largest);
-    return exponent < kLowestScore * kLog2E ? 0 : exponent;
+    const float origin = has_scores_ ? largest : exponent_of(largest);
+    return origin < kLowestScore ? 0 : origin;
   }
 
   LMOPT_DEVICE void drop_weights(Sums (&weights)[kTilesPerWarp][kKeyTiles], int first_key) const {
@@ -266,8 +268,9 @@ class ForwardBlock {
   // From the largest score itself, not from its rounded exponent: large scores would lose digits.
   LMOPT_DEVICE float logsumexp_of(float largest, float sum) const {
     if (sum == 0) return -kInfinity;
+    if (has_scores_) return fmaf(log2f(sum), kLn2, largest);
     const float rounded_off = fmaf(largest, factor_, -origin_of(largest));
-    return fmaf(largest, needs_scores(call_) ? 1 : call_.scale, (log2f(sum) - rounded_off) * kLn2);
+    return fmaf(largest, call_.scale, (log2f(sum) - rounded_off) * kLn2);
   }
 
   LMOPT_DEVICE void store_row(int tile, int half, const Place& place, float scale, float logsumexp) {
@@ -314,6 +317,7 @@ class ForwardBlock {
   int thread_, lane_, first_row_of_warp_;
   int batch_, first_head_, key_head_, first_row_, num_rows_, first_step_, end_step_;
   const uint8_t* keys_seen_;
+  bool has_scores_;
   float factor_;
   float largest_[kTilesPerWarp][2];  // of each row so far; in the units of sums, see scores.cuh
   float sum_[kTilesPerWarp][2];      // of the weights of this lane

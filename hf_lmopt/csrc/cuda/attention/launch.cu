@@ -11,6 +11,7 @@ namespace cuda {
 namespace {
 
 constexpr int kWarpsPerBlock = 4;
+constexpr int kMaxColumns = kHeadSizes[sizeof(kHeadSizes) / sizeof(kHeadSizes[0]) - 1] / kWarpSize;  // of a lane
 // As many blocks of one warp as keep the memory of a multiprocessor busy.
 constexpr int kSplitBlocksPerMultiprocessor = 4;
 
@@ -47,14 +48,20 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
   }
   T* output = static_cast<T*>(call.output.data) + batch * call.output.batch_stride + head * call.output.head_stride +
       query * call.output.row_stride;
-  for (int column = lane; column < call.head_size; column += kWarpSize) {
-    float total = 0;
-    for (int part = 0; part < split.num_splits; ++part) {
-      const int64_t row_of_part = part * num_rows + row;
-      const float weight = exp2_approximately((split.logsumexp[row_of_part] - origin) * kLog2E);
-      total += weight * split.output[row_of_part * call.head_size + column];
+  float totals[kMaxColumns] = {};
+  for (int part = 0; part < split.num_splits; ++part) {
+    const int64_t row_of_part = part * num_rows + row;
+    const float weight = exp2_approximately((split.logsumexp[row_of_part] - origin) * kLog2E);
+#pragma unroll
+    for (int i = 0; i < kMaxColumns; ++i) {
+      const int column = lane + i * kWarpSize;
+      if (column < call.head_size) totals[i] += weight * split.output[row_of_part * call.head_size + column];
     }
-    output[column] = round_to<T>(sum == 0 ? 0 : total / sum);
+  }
+#pragma unroll
+  for (int i = 0; i < kMaxColumns; ++i) {
+    const int column = lane + i * kWarpSize;
+    if (column < call.head_size) output[column] = round_to<T>(sum == 0 ? 0 : totals[i] / sum);
   }
   if (lane == 0) call.logsumexp[row] = sum == 0 ? -kInfinity : origin + log2f(sum) * kLn2;
 }
@@ -87,7 +94,8 @@ int choose_num_splits(const DeviceCall& call, const Card& card) {
         (num_rows + shape.num_rows() - 1) / shape.num_rows() * call.num_key_heads * call.batch_size;
     const int64_t num_steps = (call.num_keys + shape.num_keys - 1) / shape.num_keys;
     const int64_t wanted = (kSplitBlocksPerMultiprocessor * card.num_multiprocessors + num_blocks - 1) / num_blocks;
-    num_splits = static_cast<int>(std::max<int64_t>(1, std::min(wanted, num_steps)));
+    const int64_t steps_of_split = (num_steps + std::max<int64_t>(1, wanted) - 1) / std::max<int64_t>(1, wanted);
+    num_splits = static_cast<int>(steps_of_split == 0 ? 1 : (num_steps + steps_of_split - 1) / steps_of_split);
     return 0;
   });
   return num_splits;

@@ -26,7 +26,7 @@ int launch_forward_split(const DeviceCall& call, const SplitKeys& split, const C
 // Joins the parts of a split forward pass into the call's results.
 int launch_combine(const DeviceCall& call, const SplitKeys& split, void* stream);
 
-// For the backward pass: log2_sums and deltas; then each gradient.
+// For the backward pass: origins and deltas; then each gradient.
 int launch_prepare_backward(const DeviceCall& call, const DeviceGradients& gradients, void* stream);
 int launch_backward(const DeviceCall& call, const DeviceGradients& gradients, const Card& card, void* stream);
 int launch_bias_gradient(const DeviceCall& call, const DeviceGradients& gradients, const Card& card, void* stream);

@@ -2,6 +2,7 @@
 #include "cuda/attention/instantiate.cuh"
 #include "cuda/attention/launch.h"
 #include "cuda/attention/primitives.cuh"
+#include "cuda/attention/scores.cuh"
 
 namespace lmopt {
 namespace cuda {
@@ -41,8 +42,9 @@ __global__ void __launch_bounds__(kThreads)
   const float logsumexp = call.logsumexp[row];
   gradients.deltas[row] = sum;
   // A sum that is infinite itself makes NaN of all weights, as in the reference; inf means that nothing is seen.
-  gradients.log2_sums[row] =
-      logsumexp == -kInfinity ? kInfinity : logsumexp == kInfinity ? logsumexp - logsumexp : logsumexp * kLog2E;
+  const float factor = needs_scores(call) ? 1 : kLog2E;
+  gradients.origins[row] =
+      logsumexp == -kInfinity ? kInfinity : logsumexp == kInfinity ? logsumexp - logsumexp : logsumexp * factor;
 }
 
 // A block of threads for each head, which adds in the same order each time. A sink's weight times its gradient, which
@@ -50,12 +52,13 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads) sinks_gradient_kernel(const DeviceCall call, const DeviceGradients gradients) {
   __shared__ float sums[kWarpsPerBlock];
   const int64_t head = blockIdx.x, num_rows = static_cast<int64_t>(call.batch_size) * call.num_queries;
-  const float sink = call.sinks[head] * kLog2E;
+  const bool has_scores = needs_scores(call);
   float sum = 0;
   for (int64_t i = threadIdx.x; i < num_rows; i += kThreads) {
     const int64_t row = (i / call.num_queries * call.num_heads + head) * call.num_queries + i % call.num_queries;
-    const float log2_sum = gradients.log2_sums[row];
-    if (log2_sum != kInfinity) sum -= exp2_approximately(sink - log2_sum) * gradients.deltas[row];
+    const float origin = gradients.origins[row];
+    const float exponent = exponent_above(has_scores, call.sinks[head], kLog2E, origin);
+    if (origin != kInfinity) sum -= exp2_approximately(exponent) * gradients.deltas[row];
   }
   sum = sum_over_warp(sum);
   if (threadIdx.x % kWarpSize == 0) sums[threadIdx.x / kWarpSize] = sum;

@@ -17,18 +17,28 @@ using torch::stable::Tensor;
 
 constexpr int64_t kMaxHeadSize = kHeadSizes[sizeof(kHeadSizes) / sizeof(kHeadSizes[0]) - 1];
 
+constexpr int kInsufficientDriver = 35;  // cudaErrorInsufficientDriver
+
 bool is_multiple(int64_t number, int64_t of) { return number % of == 0; }
 
 }  // namespace
 
 void check_launch(int error, const char* what) {
   STD_TORCH_CHECK(
+      error != kInsufficientDriver, "NVIDIA's driver is older than the CUDA toolkit that this extension was built with. ",
+      "A driver serves toolkits up to its own version, which nvidia-smi shows. Update the driver, or build with an older ",
+      "nvcc on the PATH.");
+  STD_TORCH_CHECK(
       error == 0, what, " failed: ", describe_error(error), ". Look at the kernels that ran before it with ",
       "CUDA_LAUNCH_BLOCKING=1; for 'no kernel image' build for this card with HF_LMOPT_CUDA_ARCHS.");
 }
 
 DeviceTensor describe_on_device(const Tensor& tensor) {
-  const AttentionTensor plain = describe(tensor);
+  AttentionTensor plain = describe(tensor);
+  // The stride of a dimension of size 1 is never taken.
+  if (tensor.size(0) == 1) plain.batch_stride = 0;
+  if (tensor.size(1) == 1) plain.head_stride = 0;
+  if (tensor.size(2) == 1) plain.row_stride = 0;
   const bool is_aligned = is_multiple(reinterpret_cast<intptr_t>(plain.data), 16) && is_multiple(tensor.size(3), 8) &&
       is_multiple(plain.batch_stride, 8) && is_multiple(plain.head_stride, 8) && is_multiple(plain.row_stride, 8);
   return {plain.data, plain.batch_stride, plain.head_stride, plain.row_stride, is_aligned};

@@ -184,9 +184,16 @@ LMOPT_DEVICE float add_exponentials(float a, float b) {
   return larger + log2f(1 + exp2_approximately((smaller - larger) * kLog2E)) * kLn2;
 }
 
-// With an absolute error of about 2e-7, which is what counts in a score.
-LMOPT_DEVICE float tanh_approximately(float x) {
-  return 1.0f - __fdividef(2.0f, exp2_approximately(x * (2 * kLog2E)) + 1.0f);
+// The first number from `first` to before `end` for which is_wanted() is true, else `end`. All lanes ask together, 32
+// numbers at a time.
+template <class IsWanted>
+LMOPT_DEVICE int find_first(int first, int end, int lane, const IsWanted& is_wanted) {
+  for (; first < end; first += kWarpSize) {
+    const bool is_found = first + lane < end && is_wanted(first + lane);
+    const unsigned found = __ballot_sync(kAllLanes, is_found);
+    if (found != 0) return first + __ffs(found) - 1;
+  }
+  return end;
 }
 
 // Over the four lanes that hold a row.

@@ -15,7 +15,7 @@ namespace lmopt {
 namespace cuda {
 
 struct QueryFacts {
-  float log2_sum;  // logsumexp in base 2; inf for a query that sees nothing or does not exist
+  float origin;  // of exponents: the logsumexp, see exponent_above(); inf where nothing is seen, or no query is
   float delta;
 };
 
@@ -23,7 +23,7 @@ LMOPT_DEVICE QueryFacts load_facts(
     const DeviceCall& call, const DeviceGradients& gradients, int64_t batch, int64_t head, int query) {
   if (query >= call.num_queries) return {kInfinity, 0};
   const int64_t row = (batch * call.num_heads + head) * call.num_queries + query;
-  return {gradients.log2_sums[row], gradients.deltas[row]};
+  return {gradients.origins[row], gradients.deltas[row]};
 }
 
 // One step: a head of a batch entry, some queries and some keys.
@@ -37,13 +37,13 @@ struct ScoreGradients {
   // Whether products are all that counts: then turn_plainly() does, in a third of the instructions.
   LMOPT_DEVICE bool is_plain() const { return !is_mixed && call.dropout.threshold == 0 && !needs_scores(call); }
 
-  // A query that does not exist has products of 0 and a log2_sum of inf, which makes weights of 0.
+  // A query that does not exist has products of 0 and an origin of inf, which makes weights of 0.
   LMOPT_DEVICE void turn_plainly(Sums& products, Sums& weight_gradients, const QueryFacts (&facts)[2]) const {
     const float factor = exponent_scale(call);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const QueryFacts& of_query = facts[kRowsAreKeys ? i & 1 : i >> 1];
-      products[i] = exp2_approximately(fmaf(products[i], factor, -of_query.log2_sum));
+      products[i] = exp2_approximately(fmaf(products[i], factor, -of_query.origin));
       weight_gradients[i] = products[i] * (weight_gradients[i] - of_query.delta);
     }
   }
@@ -74,8 +74,9 @@ struct ScoreGradients {
       const int key = key_of(first_key, i >> 1, i & 1);
       float slope = 1, score = products[i];
       if (has_rules) score = apply_rules<T>(call, score, bias[side], key, &slope);
-      const bool counts = facts[side].log2_sum != kInfinity && (!is_mixed || seen[side].has(key));
-      const float weight = counts ? exp2_approximately(fmaf(score, factor, -facts[side].log2_sum)) : 0;
+      const bool counts = facts[side].origin != kInfinity && (!is_mixed || seen[side].has(key));
+      const float exponent = exponent_above(has_rules, score, factor, facts[side].origin);
+      const float weight = counts ? exp2_approximately(exponent) : 0;
       const bool is_kept = !drops || words[i] >= call.dropout.threshold;
       const float kept_scale = !drops ? 1 : is_kept ? call.dropout.kept_scale : 0;
       const float gradient = weight * (weight_gradients[i] * kept_scale - facts[side].delta);

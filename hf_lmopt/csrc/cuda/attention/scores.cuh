@@ -3,8 +3,8 @@
 //   score    = scale * product;  softcap * tanh(score / softcap) if there is one;  + bias
 //   exponent = score * log2(e)
 //
-// Without softcap and bias, which are in no common model's way, sums stay the products that they are, and the two
-// factors are one.
+// Without softcap and bias, sums stay the products that they are, and the two factors are one. With them scores may be
+// large (a bias of -1e9 over a whole row) beside their differences, which are taken first.
 #pragma once
 
 #include "cuda/attention/call.h"
@@ -21,6 +21,12 @@ LMOPT_DEVICE bool needs_scores(const DeviceCall& call) { return call.softcap > 0
 // Of a sum: a score if needs_scores(), else a product.
 LMOPT_DEVICE float exponent_scale(const DeviceCall& call) {
   return needs_scores(call) ? kLog2E : call.scale * kLog2E;
+}
+
+// The exponent of a score, or of a product where those count, above an origin: one of the same kind with scores, else
+// the exponent of one.
+LMOPT_DEVICE float exponent_above(bool has_scores, float score, float factor, float origin) {
+  return has_scores ? (score - origin) * factor : fmaf(score, factor, -origin);
 }
 
 // Where the bias of one query begins; of a query that does not exist, anywhere.
@@ -40,7 +46,7 @@ LMOPT_DEVICE float apply_rules(
     const DeviceCall& call, float product, int64_t offset_of_bias, int key, float* slope = nullptr) {
   float score = product * call.scale;
   if (call.softcap > 0) {
-    const float bounded = tanh_approximately(score / call.softcap);
+    const float bounded = tanhf(score / call.softcap);  // an absolute error would be multiplied by softcap
     score = call.softcap * bounded;
     if (slope != nullptr) *slope = 1.0f - bounded * bounded;
   }

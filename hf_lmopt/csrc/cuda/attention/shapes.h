@@ -12,7 +12,7 @@ namespace lmopt {
 namespace cuda {
 
 // Of the code, not of the card: newer cards may run older code.
-enum class Generation { turing, ampere, blackwell };
+enum class Generation { turing, ampere, blackwell };  // Hopper runs as Ampere does
 
 constexpr Generation generation_of(int architecture) {  // 75 for sm_75
   return architecture < 80 ? Generation::turing : architecture < 100 ? Generation::ampere : Generation::blackwell;
@@ -38,7 +38,7 @@ constexpr ForwardShape forward_shape(int head_size, Generation generation, bool 
   if (splits_keys && is_turing) return {1, 1, head_size > 64 ? 16 : 32};
   if (splits_keys) return {1, 1, head_size > 128 ? 32 : 64};
   if (head_size > 128) return {4, 1, is_turing ? 16 : 32};
-  if (is_turing) return head_size > 64 ? ForwardShape{4, 1, 64} : ForwardShape{4, 2, 32};
+  if (is_turing) return head_size > 64 ? ForwardShape{8, 1, 32} : ForwardShape{4, 2, 32};
   return {4, 2, head_size > 64 ? 32 : 64};
 }
 
@@ -59,20 +59,23 @@ struct BackwardShape {
   }
 };
 
-constexpr BackwardShape backward_shape(int head_size, Generation generation) {
+constexpr BackwardShape backward_shape(GradientOf of, int head_size, Generation generation) {
   if (generation == Generation::turing) {
     if (head_size > 128) return {2, 1, 16, 1};
     return {4, 1, 32, 1};
   }
   if (head_size > 128) return {4, 1, 32, 1};
+  // Two tiles a warp, wherever the registers allow it: shared memory is read half as often.
+  if (of == GradientOf::query && head_size <= 64) return {4, 2, 32, 2};
+  if (of == GradientOf::query && head_size > 96) return {4, 2, 16, 2};
   if (head_size > 64) return {4, 1, 32, 2};
-  return {4, 1, 64, 2};
+  return generation == Generation::blackwell ? BackwardShape{4, 1, 64, 2} : BackwardShape{4, 2, 16, 2};
 }
 
 // One pair of tiles of queries and of keys.
 constexpr BackwardShape bias_gradient_shape(int head_size, Generation generation) {
-  const BackwardShape shape = backward_shape(head_size, generation);
-  return {shape.num_warps, 1, generation == Generation::turing && head_size > 96 ? 16 : shape.num_inner_rows, 1};
+  if (generation == Generation::turing) return {head_size > 128 ? 2 : 4, 1, head_size > 96 ? 16 : 32, 1};
+  return {4, 1, head_size > 64 ? 32 : 64, 1};
 }
 
 // Above some head size the registers hold the sums of one gradient: key and value take a launch each. The compiler

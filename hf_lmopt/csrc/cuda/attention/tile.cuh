@@ -144,8 +144,9 @@ class TileCopy {
   static constexpr int kLanesPerRow = AnyTile::kChunksPerRow % 8 == 0 ? 8 : 4;  // which read 128 bytes, or 64
   static constexpr int kChunksPerLane = AnyTile::kChunksPerRow / kLanesPerRow;
   static constexpr int kRowsPerPass = kThreads / kLanesPerRow;
-  static constexpr int kPasses = AnyTile::kNumRows / kRowsPerPass;
-  static_assert(AnyTile::kNumRows % kRowsPerPass == 0, "each thread copies the same number of chunks");
+  static constexpr int kPasses = (AnyTile::kNumRows + kRowsPerPass - 1) / kRowsPerPass;
+  // Else some threads have no row in the last pass: in tiles of 96 columns with few rows.
+  static constexpr bool kIsEven = AnyTile::kNumRows % kRowsPerPass == 0;
   // Beside the sums of the largest heads there are no registers left.
   static constexpr bool kIsHeld = kIsTuring && kPasses * kChunksPerLane <= 8 && AnyTile::kChunksPerRow <= 16;
 
@@ -153,7 +154,8 @@ class TileCopy {
   LMOPT_DEVICE static void for_each_row(int thread, const CopyRow& copy_row) {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      copy_row(pass, thread / kLanesPerRow + pass * kRowsPerPass, thread % kLanesPerRow);
+      const int row = thread / kLanesPerRow + pass * kRowsPerPass;
+      if (kIsEven || row < AnyTile::kNumRows) copy_row(pass, row, thread % kLanesPerRow);
     }
   }
 

@@ -58,8 +58,8 @@ LMOPT_DEVICE bool is_seen_by_rules(const VisibilityRules& rules, int key) {
       rules.key_boundaries == nullptr ? 0 : find_document(rules.key_boundaries, rules.num_documents, key);
   const Document document = load_document(rules, index);
   const int64_t num_queries = document.end_query - document.first_query;
-  if (num_queries <= 0) return false;
-  return rules.window_left < 0 || key >= document.end_key - num_queries - rules.window_left;
+  if (num_queries <= 0 || key < document.first_key || key >= document.end_key) return false;
+  return rules.window_left < 0 || key >= document.end_key - num_queries - min(rules.window_left, int64_t{1} << 31);
 }
 
 constexpr int kThreads = 256;
