@@ -110,7 +110,7 @@ def parse_architectures(text: str) -> tuple[str, ...]:
         if name.endswith("+ptx") and _number_of(name) < 80:
             raise ValueError(
                 f"{ARCHITECTURES}={text!r} has {name!r}. PTX for Turing would run on newer cards, without bfloat16 "
-                "and asynchronous copies. Allowed with +ptx are 80 and newer: leave +ptx out, or put it to a newer one."
+                "and asynchronous copies. Allowed with +ptx are 80 and newer: leave it out, or put it to a newer one."
             )
     return sort_architectures(names)
 

@@ -185,5 +185,5 @@ def test_without_a_driver_or_with_one_that_has_no_card_there_is_none(
 
 def test_ptx_for_turing_is_refused() -> None:
     """It would run on newer cards, which are asked for bfloat16."""
-    with pytest.raises(ValueError, match=r"has '75\+ptx'. PTX for Turing.*leave \+ptx out"):
+    with pytest.raises(ValueError, match=r"has '75\+ptx'. PTX for Turing.*leave it out"):
         parse_architectures("75+ptx;80")
