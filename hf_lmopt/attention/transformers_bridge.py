@@ -21,6 +21,7 @@ query (Inkling 2); they raise. Which models ask for an attention function at all
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -240,8 +241,8 @@ def _separate_documents(mask: Tensor | None, position_ids: Tensor, query: Tensor
         return mask  # a cache, or positions of several axes
     is_restart = position_ids.diff(dim=1) <= 0
     is_traced = is_tracing(is_restart)  # then nothing can be read, and documents are kept apart in any case
-    if mask is None and not is_traced and not is_restart.any():
-        return None
+    if not is_traced and not _restarts.ask(position_ids, is_restart):
+        return mask
     if mask is None or is_traced:
         documents = nn.functional.pad(is_restart.cumsum(1), (1, 0))
         is_same = documents[:, None, :, None] == documents[:, None, None, :]
@@ -254,6 +255,25 @@ def _separate_documents(mask: Tensor | None, position_ids: Tensor, query: Tensor
             f"documents see each other. {HOW_TO_MARK_DOCUMENTS}"
         )
     return mask
+
+
+class _LastAnswer:
+    """Whether the last `position_ids` restart: all layers are given the same, and reading waits for the device."""
+
+    def __init__(self) -> None:
+        self.position_ids: weakref.ref[Tensor] | None = None
+        self.version, self.answer = -1, False
+
+    def ask(self, position_ids: Tensor, is_restart: Tensor) -> bool:
+        version = -1 if position_ids.is_inference() else position_ids._version
+        is_known = self.position_ids is not None and self.position_ids() is position_ids
+        if not is_known or version != self.version or version < 0:
+            self.answer = bool(is_restart.any())
+            self.position_ids, self.version = weakref.ref(position_ids), version
+        return self.answer
+
+
+_restarts = _LastAnswer()
 
 
 def _check_chunks(module: nn.Module, key: Tensor) -> None:

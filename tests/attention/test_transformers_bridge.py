@@ -307,6 +307,17 @@ def test_a_compiled_model_keeps_documents_apart_where_it_cannot_raise(name: str)
     torch.compiler.reset()
 
 
+def test_positions_that_change_in_place_are_read_again() -> None:
+    projections = [draw_tokens(1, 48).reshape(1, 1, 12, 4).float() for _ in range(3)]
+    position_ids = torch.arange(12)[None].clone()
+    as_one, _ = run_attention(CAUSAL, *projections, None, position_ids=position_ids)
+    position_ids[0, 6:] = torch.arange(6)
+    apart, _ = run_attention(CAUSAL, *projections, None, position_ids=position_ids)
+    fresh, _ = run_attention(CAUSAL, *projections, None, position_ids=position_ids.clone())
+    assert torch.equal(apart, fresh)
+    assert not torch.equal(apart, as_one)
+
+
 def test_chunks_of_packed_documents_are_refused() -> None:
     input_ids, position_ids, _ = build_packed_row()
     boundaries = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
