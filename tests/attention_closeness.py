@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from attention_cases import DIFFERENTIABLE, Arguments
+from attention_cases import DIFFERENTIABLE, Arguments, convert_inputs
+from recomputing_attention import recomputing_attention
 from torch import Tensor
 
+from hf_lmopt.attention import attention_reference
+from hf_lmopt.selftest.closeness import compare
+from hf_lmopt.selftest.report import CheckFailed
 
-FEW = 256
+
+NUM_ROUNDINGS_OF_WORST = 8  # half of what the self-test allows on an unknown device
 
 
 def run_attention(
@@ -34,53 +40,49 @@ def run_attention(
     return results | {f"{name}_gradient": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
 
+class Ways(NamedTuple):
+    """The results of a backend, of the definition in the same type and in float64, and of what kernels do."""
+
+    results: dict[str, Tensor]
+    plain: dict[str, Tensor]
+    exact: dict[str, Tensor]
+    recomputed: dict[str, Tensor]
+
+
+def run_all_ways(
+    attention: Callable[..., tuple[Tensor, Tensor]], arguments: Arguments, differentiates_logsumexp: bool = False
+) -> Ways:
+    """Runs a backend and all that [`check_within_twice_the_error`] compares it with."""
+    ways = (
+        (attention, arguments),
+        (attention_reference, arguments),
+        (attention_reference, convert_inputs(arguments, torch.float64)),
+        (recomputing_attention, arguments),
+    )
+    return Ways(
+        *(run_attention(way, inputs, differentiates_logsumexp=differentiates_logsumexp) for way, inputs in ways)
+    )
+
+
 def check_within_twice_the_error(
-    results: dict[str, Tensor], plain: dict[str, Tensor], exact: dict[str, Tensor], *others: dict[str, Tensor]
+    results: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    *others: dict[str, Tensor],
+    allows_a_step: bool = False,
 ) -> None:
     """
-    Each result is at most twice as far from the exact one (float64) as plain PyTorch's in the same type, or as the
-    farthest of other ways to write it in plain PyTorch.
-
-    The distance is the root mean square; that of the worst element, which scatters, may be four times plain PyTorch's.
-    Where plain PyTorch is exact by luck, more is allowed: to a gradient of few numbers, the relative error that others
-    have, or one step of the type; to all, the type's own rounding of the largest gradient, since one that cancels to 0
-    has no size of its own.
+    Raises an AssertionError unless [`~hf_lmopt.selftest.closeness.compare`] finds each result near enough to the exact
+    one (float64): at most twice as far as plain PyTorch's in the same type, or as the farthest of other ways.
     """
-    for names in (["output"], ["logsumexp"], [name for name in exact if name.endswith("_gradient")]):
-        sizes = {name: _root_mean_square(exact[name]) for name in names}
-        plain_errors = {
-            name: torch.stack([_measure_error(way[name], exact[name], name) for way in (plain, *others)])
-            for name in names
-        }
-        relative = max(_root_mean_square(plain_errors[name][0]) / (sizes[name] or 1) for name in names)
-        for name in names:
-            assert results[name].dtype == plain[name].dtype, f"{name} is of type {results[name].dtype}"
-            error = _measure_error(results[name], exact[name], name)
-            rounding = max(sizes.values()) * torch.finfo(results[name].dtype).eps / 2
-            if error.numel() <= FEW:
-                step = torch.finfo(results[name].dtype).eps
-                rounding = max(rounding, max(2 * relative, step) * sizes[name])
-            average, plain_average = _root_mean_square(error), max(map(_root_mean_square, plain_errors[name]))
-            message = f"{name}: error {average:.3g}, plain PyTorch {plain_average:.3g}"
-            assert average <= max(2 * plain_average, rounding), message
-            worst, plain_worst = _find_largest(error), _find_largest(plain_errors[name])
-            message = f"{name}: worst {worst:.3g}, plain PyTorch {plain_worst:.3g}"
-            assert worst <= max(4 * plain_worst, 8 * rounding), message
-
-
-def _measure_error(result: Tensor, exact: Tensor, name: str) -> Tensor:
-    assert result.shape == exact.shape, f"{name} has shape {list(result.shape)}, not {list(exact.shape)}"
-    result = result.double()
-    is_finite = exact.isfinite()
-    assert torch.equal(result.isfinite(), is_finite), f"{name} is not finite in other places"
-    assert torch.equal(result[~is_finite], exact[~is_finite]), f"{name} has other infinities"
-    return (result - exact)[is_finite]
-
-
-def _root_mean_square(tensor: Tensor) -> float:
-    finite = tensor[tensor.isfinite()].double()
-    return float(finite.square().mean().sqrt()) if finite.numel() else 0.0
-
-
-def _find_largest(error: Tensor) -> float:
-    return float(error.abs().max()) if error.numel() else 0.0
+    try:
+        compare(
+            results,
+            exact,
+            plain,
+            *others,
+            num_roundings_of_worst=NUM_ROUNDINGS_OF_WORST,
+            allows_a_step=allows_a_step,
+        )
+    except CheckFailed as failure:
+        raise AssertionError(str(failure)) from failure

@@ -56,9 +56,9 @@ STABLE_TORCH_LIBRARY_IMPL(lmopt, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lmopt, CPU, m) {
-  m.impl("attention_forward", TORCH_BOX(&lmopt::attention_forward_cpu));
-  m.impl("attention_backward", TORCH_BOX(&lmopt::attention_backward_cpu));
+  m.impl("attention_forward", TORCH_BOX(&lmopt::attention_forward_operator<&lmopt::attention_forward_cpu>));
+  m.impl("attention_backward", TORCH_BOX(&lmopt::attention_backward_operator<&lmopt::attention_backward_cpu>));
   m.impl("block_map", TORCH_BOX(&lmopt::block_map_cpu));
-  m.impl("fused_step_", TORCH_BOX(&lmopt::fused_step_cpu));
+  m.impl("fused_step_", TORCH_BOX(&lmopt::fused_step_operator<&lmopt::fused_step_cpu>));
   m.impl("newton_schulz", TORCH_BOX(&lmopt::newton_schulz_cpu));
 }

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import CASES, DIFFERENTIABLE, QUICK_CASES, Arguments, build_inputs, convert_inputs
-from attention_closeness import check_within_twice_the_error, run_attention
-from recomputing_attention import recomputing_attention
+from attention_cases import CASES, DIFFERENTIABLE, QUICK_CASES, Arguments, build_inputs
+from attention_closeness import check_within_twice_the_error, run_all_ways, run_attention
 from test_inputs import WRONG_BOUNDARIES, WRONG_TYPES, WRONG_TYPES_OF_BOUNDARIES, WRONG_VALUES, packed, valid
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -80,17 +79,7 @@ def one_thread_then_two() -> Iterator[Callable[[int], None]]:
 
 def check_case(name: str, dtype: torch.dtype, differentiates_logsumexp: bool = False) -> None:
     """Also run for each instruction set."""
-    arguments = build_inputs(name, dtype)
-    results, plain, exact, recomputed = (
-        run_attention(function, inputs, differentiates_logsumexp=differentiates_logsumexp)
-        for function, inputs in (
-            (attention, arguments),
-            (attention_reference, arguments),
-            (attention_reference, convert_inputs(arguments, torch.float64)),
-            (recomputing_attention, arguments),
-        )
-    )
-    check_within_twice_the_error(results, plain, exact, recomputed)
+    check_within_twice_the_error(*run_all_ways(attention, build_inputs(name, dtype), differentiates_logsumexp))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

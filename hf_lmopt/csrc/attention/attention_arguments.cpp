@@ -201,23 +201,25 @@ void check_arguments(const AttentionArguments& arguments) {
   check_dropout(arguments);
 }
 
-void check_backward_arguments(
-    const AttentionArguments& arguments, const Tensor& output_gradient, const MaybeTensor& logsumexp_gradient,
-    const Tensor& output, const Tensor& logsumexp) {
-  const std::vector<int64_t> row_sizes = {arguments.batch_size(), arguments.num_heads(), arguments.num_queries()};
-  std::vector<int64_t> sizes = row_sizes;
+void check_upstream(const AttentionArguments& arguments, const AttentionUpstream& upstream) {
+  const Tensor& query = arguments.query;
+  const Sizes row_sizes = {arguments.batch_size(), arguments.num_heads(), arguments.num_queries()};
+  Sizes sizes = row_sizes;
   sizes.push_back(arguments.head_size());
-  check_tensor("output_gradient", output_gradient, arguments.query, arguments.query.scalar_type(), sizes);
-  check_tensor("output", output, arguments.query, arguments.query.scalar_type(), sizes);
-  check_tensor("logsumexp", logsumexp, arguments.query, ScalarType::Float, row_sizes);
-  if (!logsumexp_gradient) return;
-  check_tensor("logsumexp_gradient", *logsumexp_gradient, arguments.query, ScalarType::Float, row_sizes);
+  check_tensor("output_gradient", upstream.output_gradient, query, query.scalar_type(), sizes);
+  check_tensor("output", upstream.output, query, query.scalar_type(), sizes);
+  check_tensor("logsumexp", upstream.logsumexp, query, ScalarType::Float, row_sizes);
+  if (!upstream.logsumexp_gradient) return;
+  check_tensor("logsumexp_gradient", *upstream.logsumexp_gradient, query, ScalarType::Float, row_sizes);
+}
+
+bool has_dense_rows(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.size(last) <= 1 || tensor.stride(last) == 1;
 }
 
 Tensor make_rows_dense(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  const bool is_dense = tensor.size(last) <= 1 || tensor.stride(last) == 1;
-  return is_dense ? tensor : torch::stable::contiguous(tensor);
+  return has_dense_rows(tensor) ? tensor : torch::stable::contiguous(tensor);
 }
 
 ElementType element_type_of(const Tensor& tensor) {

@@ -33,15 +33,20 @@ struct AttentionArguments {
   bool is_empty() const { return batch_size() == 0 || num_queries() == 0 || num_keys() == 0; }
 };
 
+// Of the backward pass, beside the arguments: what came out, and the gradients of that.
+struct AttentionUpstream {
+  torch::stable::Tensor output_gradient;
+  MaybeTensor logsumexp_gradient;
+  torch::stable::Tensor output, logsumexp;
+  bool needs_bias_gradient, needs_sinks_gradient;
+};
+
 // Throws unless shapes and types are as the reference takes them, in a type that kernels take, and all on one device;
 // boundaries and seed are checked where they are on the CPU.
 void check_arguments(const AttentionArguments& arguments);
 
-// Of the backward pass, beside check_arguments.
-void check_backward_arguments(
-    const AttentionArguments& arguments, const torch::stable::Tensor& output_gradient,
-    const MaybeTensor& logsumexp_gradient, const torch::stable::Tensor& output,
-    const torch::stable::Tensor& logsumexp);
+// Of arguments that are checked.
+void check_upstream(const AttentionArguments& arguments, const AttentionUpstream& upstream);
 
 bool is_on_same_device(const torch::stable::Tensor& first, const torch::stable::Tensor& second);
 
@@ -52,6 +57,8 @@ void check_tensor(
 
 // Throws unless it is one [B|1, Hq|1, Lq, Lk] of bool.
 void check_mask(const torch::stable::Tensor& mask, const std::vector<int64_t>& score_sizes);
+
+bool has_dense_rows(const torch::stable::Tensor& tensor);
 
 // The tensor itself if its last dimension is dense, else a contiguous copy.
 torch::stable::Tensor make_rows_dense(const torch::stable::Tensor& tensor);

@@ -117,31 +117,12 @@ void fill_empty_logsumexp(Tensor& logsumexp, const MaybeTensor& sinks) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> attention_forward_cpu(
-    const Tensor& query,
-    const Tensor& key,
-    const Tensor& value,
-    const MaybeTensor& mask,
-    const MaybeTensor& bias,
-    const MaybeTensor& sinks,
-    const MaybeTensor& cu_seqlens_q,
-    const MaybeTensor& cu_seqlens_k,
-    double scale,
-    bool is_causal,
-    int64_t window_left,
-    int64_t window_right,
-    double softcap,
-    double dropout_p,
-    const MaybeTensor& dropout_seed) {
-  const AttentionArguments arguments{
-      query, key, value, mask, bias, sinks, cu_seqlens_q, cu_seqlens_k, static_cast<float>(scale), is_causal,
-      window_left, window_right, static_cast<float>(softcap), dropout_p, dropout_seed};
-  check_arguments(arguments);
-  Tensor output = new_projection(query);
-  Tensor logsumexp = new_logsumexp(query);
+AttentionResults attention_forward_cpu(const AttentionArguments& arguments) {
+  Tensor output = new_projection(arguments.query);
+  Tensor logsumexp = new_logsumexp(arguments.query);
   if (arguments.is_empty()) {
     torch::stable::zero_(output);
-    fill_empty_logsumexp(logsumexp, sinks);
+    fill_empty_logsumexp(logsumexp, arguments.sinks);
   } else {
     const PreparedCall prepared(arguments);
     check_memory(run_forward(prepared.with_results(output, logsumexp)), 1, arguments);
@@ -149,41 +130,18 @@ std::tuple<Tensor, Tensor> attention_forward_cpu(
   return {output, logsumexp};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
-    const Tensor& output_gradient,
-    const MaybeTensor& logsumexp_gradient,
-    const Tensor& output,
-    const Tensor& logsumexp,
-    const Tensor& query,
-    const Tensor& key,
-    const Tensor& value,
-    const MaybeTensor& mask,
-    const MaybeTensor& bias,
-    const MaybeTensor& sinks,
-    const MaybeTensor& cu_seqlens_q,
-    const MaybeTensor& cu_seqlens_k,
-    double scale,
-    bool is_causal,
-    int64_t window_left,
-    int64_t window_right,
-    double softcap,
-    double dropout_p,
-    const MaybeTensor& dropout_seed,
-    bool needs_bias_gradient,
-    bool needs_sinks_gradient) {
-  const AttentionArguments arguments{
-      query, key, value, mask, bias, sinks, cu_seqlens_q, cu_seqlens_k, static_cast<float>(scale), is_causal,
-      window_left, window_right, static_cast<float>(softcap), dropout_p, dropout_seed};
-  check_arguments(arguments);
-  check_backward_arguments(arguments, output_gradient, logsumexp_gradient, output, logsumexp);
-  Tensor query_gradient = new_projection(query), key_gradient = new_projection(key);
-  Tensor value_gradient = new_projection(value);
-  Tensor bias_gradient = new_sum(bias, needs_bias_gradient, query);
-  Tensor sinks_gradient = new_sum(sinks, needs_sinks_gradient, query);
-  const Tensor output_rows = make_rows_dense(output), output_gradient_rows = make_rows_dense(output_gradient);
-  const Tensor dense_logsumexp = make_contiguous(logsumexp);
+AttentionGradientTensors attention_backward_cpu(
+    const AttentionArguments& arguments, const AttentionUpstream& upstream) {
+  const Tensor& query = arguments.query;
+  Tensor query_gradient = new_projection(query), key_gradient = new_projection(arguments.key);
+  Tensor value_gradient = new_projection(arguments.value);
+  Tensor bias_gradient = new_sum(arguments.bias, upstream.needs_bias_gradient, query);
+  Tensor sinks_gradient = new_sum(arguments.sinks, upstream.needs_sinks_gradient, query);
+  const Tensor output_rows = make_rows_dense(upstream.output);
+  const Tensor output_gradient_rows = make_rows_dense(upstream.output_gradient);
+  const Tensor dense_logsumexp = make_contiguous(upstream.logsumexp);
   MaybeTensor dense_logsumexp_gradient;
-  if (logsumexp_gradient) dense_logsumexp_gradient = make_contiguous(*logsumexp_gradient);
+  if (upstream.logsumexp_gradient) dense_logsumexp_gradient = make_contiguous(*upstream.logsumexp_gradient);
   if (arguments.is_empty()) {
     for (Tensor* gradient : {&query_gradient, &key_gradient, &value_gradient, &bias_gradient, &sinks_gradient}) {
       torch::stable::zero_(*gradient);
@@ -199,16 +157,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
     gradients.value = describe(value_gradient);
     if (bias_gradient.numel() > 0) {
       gradients.bias = float_data(bias_gradient);
-      gradients.bias_batch_size = bias->size(0);
-      gradients.bias_num_heads = bias->size(1);
-      gradients.bias_num_queries = bias->size(2);
+      gradients.bias_batch_size = bias_gradient.size(0);
+      gradients.bias_num_heads = bias_gradient.size(1);
+      gradients.bias_num_queries = bias_gradient.size(2);
     }
     if (sinks_gradient.numel() > 0) gradients.sinks = float_data(sinks_gradient);
     const bool has_memory = run_backward(prepared.with_results(output_rows, dense_logsumexp), gradients);
     check_memory(has_memory, 3, arguments);
   }
-  if (bias) bias_gradient = torch::stable::to(bias_gradient, bias->scalar_type());
-  if (sinks) sinks_gradient = torch::stable::to(sinks_gradient, sinks->scalar_type());
   return {query_gradient, key_gradient, value_gradient, bias_gradient, sinks_gradient};
 }
 

@@ -3,18 +3,15 @@
 #include "cuda/fused_step_op.h"
 
 #include <optional>
-#include <utility>
 
 #include "cuda/device.h"
 #include "cuda/fused_step.h"
-#include "optim/fused_step_arguments.h"
 
 namespace lmopt {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
 
 Tensor new_row(int64_t length, ScalarType type, const Tensor& like) {
   return cuda::new_device_tensor({length}, {1}, type, like);
@@ -22,12 +19,7 @@ Tensor new_row(int64_t length, ScalarType type, const Tensor& like) {
 
 }  // namespace
 
-void fused_step_cuda(
-    std::string rule, Tensors parameters, Tensors gradients, Tensors states, Tensors absmax, Tensors codebooks,
-    std::vector<double> coefficients, double l2, double shrink_before, double shrink_after, bool cautious) {
-  const FusedStepArguments arguments{
-      std::move(rule), std::move(parameters), std::move(gradients), std::move(states), std::move(absmax),
-      std::move(codebooks), std::move(coefficients), l2, shrink_before, shrink_after, cautious};
+void fused_step_cuda(const FusedStepArguments& arguments) {
   CheckedFusedStep checked = check_fused_step(arguments);
   if (checked.step.num_blocks == 0) return;
 

@@ -1,14 +1,9 @@
 #include "optim/fused_step_op.h"
 
-#include <utility>
-
 #include "optim/codebook.h"
-#include "optim/fused_step_arguments.h"
 
 namespace lmopt {
 namespace {
-
-using Tensors = std::vector<torch::stable::Tensor>;
 
 // Kernels point into it.
 std::vector<Codebook> prepare_codebooks(const CheckedFusedStep& checked) {
@@ -25,12 +20,7 @@ std::vector<Codebook> prepare_codebooks(const CheckedFusedStep& checked) {
 
 }  // namespace
 
-void fused_step_cpu(
-    std::string rule, Tensors parameters, Tensors gradients, Tensors states, Tensors absmax, Tensors codebooks,
-    std::vector<double> coefficients, double l2, double shrink_before, double shrink_after, bool cautious) {
-  const FusedStepArguments arguments{
-      std::move(rule), std::move(parameters), std::move(gradients), std::move(states), std::move(absmax),
-      std::move(codebooks), std::move(coefficients), l2, shrink_before, shrink_after, cautious};
+void fused_step_cpu(const FusedStepArguments& arguments) {
   CheckedFusedStep checked = check_fused_step(arguments);
   const std::vector<Codebook> prepared = prepare_codebooks(checked);
   std::vector<double> block_sums(checked.needs_sums ? static_cast<size_t>(checked.step.num_blocks) : 0);

@@ -1,24 +1,10 @@
-// The operator lmopt::fused_step_ over tensors of the CPU; its contract is in fused_step_arguments.cpp.
+// The fused step over tensors of the CPU; see optim/fused_step_operator.h.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <string>
-#include <vector>
+#include "optim/fused_step_operator.h"
 
 namespace lmopt {
 
-void fused_step_cpu(
-    std::string rule,
-    std::vector<torch::stable::Tensor> parameters,
-    std::vector<torch::stable::Tensor> gradients,
-    std::vector<torch::stable::Tensor> states,
-    std::vector<torch::stable::Tensor> absmax,
-    std::vector<torch::stable::Tensor> codebooks,
-    std::vector<double> coefficients,
-    double l2,
-    double shrink_before,
-    double shrink_after,
-    bool cautious);
+void fused_step_cpu(const FusedStepArguments& arguments);
 
 }  // namespace lmopt

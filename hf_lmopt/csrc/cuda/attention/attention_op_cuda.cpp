@@ -21,7 +21,8 @@ Tensor new_rows_of_floats(const AttentionArguments& arguments) {
       {arguments.batch_size(), arguments.num_heads(), arguments.num_queries()}, ScalarType::Float, arguments.query);
 }
 
-void run_split_forward(const DeviceCall& call, int num_splits, const AttentionArguments& arguments, const Card& card, void* stream) {
+void run_split_forward(
+    const DeviceCall& call, int num_splits, const AttentionArguments& arguments, const Card& card, void* stream) {
   const int64_t num_rows = arguments.batch_size() * arguments.num_heads() * arguments.num_queries();
   const Tensor outputs =
       new_contiguous({num_splits, num_rows, arguments.head_size()}, ScalarType::Float, arguments.query);
@@ -40,110 +41,68 @@ Tensor new_sum(const MaybeTensor& of, bool is_needed, const Tensor& like) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> attention_forward_cuda(
-    const Tensor& query,
-    const Tensor& key,
-    const Tensor& value,
-    const MaybeTensor& mask,
-    const MaybeTensor& bias,
-    const MaybeTensor& sinks,
-    const MaybeTensor& cu_seqlens_q,
-    const MaybeTensor& cu_seqlens_k,
-    double scale,
-    bool is_causal,
-    int64_t window_left,
-    int64_t window_right,
-    double softcap,
-    double dropout_p,
-    const MaybeTensor& dropout_seed) {
-  const AttentionArguments arguments{
-      query, key, value, mask, bias, sinks, cu_seqlens_q, cu_seqlens_k, static_cast<float>(scale), is_causal,
-      window_left, window_right, static_cast<float>(softcap), dropout_p, dropout_seed};
-  check_arguments(arguments);
+AttentionResults attention_forward_cuda(const AttentionArguments& arguments) {
+  const Tensor& query = arguments.query;
   const OnDevice on_device(query);
   Tensor output = new_projection(query), logsumexp = new_rows_of_floats(arguments);
-  if (arguments.batch_size() > 0 && arguments.num_queries() > 0) {
-    void* stream = current_stream(query);
-    const PreparedCall prepared(arguments, stream);
-    const DeviceCall call = prepared.with_results(output, logsumexp);
-    const int num_splits = choose_num_splits(call, prepared.card());
-    if (num_splits > 0) {
-      run_split_forward(call, num_splits, arguments, prepared.card(), stream);
-    } else {
-      check_launch(launch_forward(call, prepared.card(), stream), "Attention");
-    }
+  if (arguments.batch_size() == 0 || arguments.num_queries() == 0) return {output, logsumexp};
+  void* stream = current_stream(query);
+  const PreparedCall prepared(arguments, stream);
+  const DeviceCall call = prepared.with_results(output, logsumexp);
+  const int num_splits = choose_num_splits(call, prepared.card());
+  if (num_splits > 0) {
+    run_split_forward(call, num_splits, arguments, prepared.card(), stream);
+  } else {
+    check_launch(launch_forward(call, prepared.card(), stream), "Attention");
   }
   return {output, logsumexp};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
-    const Tensor& output_gradient,
-    const MaybeTensor& logsumexp_gradient,
-    const Tensor& output,
-    const Tensor& logsumexp,
-    const Tensor& query,
-    const Tensor& key,
-    const Tensor& value,
-    const MaybeTensor& mask,
-    const MaybeTensor& bias,
-    const MaybeTensor& sinks,
-    const MaybeTensor& cu_seqlens_q,
-    const MaybeTensor& cu_seqlens_k,
-    double scale,
-    bool is_causal,
-    int64_t window_left,
-    int64_t window_right,
-    double softcap,
-    double dropout_p,
-    const MaybeTensor& dropout_seed,
-    bool needs_bias_gradient,
-    bool needs_sinks_gradient) {
-  const AttentionArguments arguments{
-      query, key, value, mask, bias, sinks, cu_seqlens_q, cu_seqlens_k, static_cast<float>(scale), is_causal,
-      window_left, window_right, static_cast<float>(softcap), dropout_p, dropout_seed};
-  check_arguments(arguments);
-  check_backward_arguments(arguments, output_gradient, logsumexp_gradient, output, logsumexp);
+AttentionGradientTensors attention_backward_cuda(
+    const AttentionArguments& arguments, const AttentionUpstream& upstream) {
+  const Tensor& query = arguments.query;
   const OnDevice on_device(query);
-  Tensor query_gradient = new_projection(query), key_gradient = new_projection(key);
-  Tensor value_gradient = new_projection(value);
-  Tensor bias_gradient = new_sum(bias, needs_bias_gradient, query);
-  Tensor sinks_gradient = new_sum(sinks, needs_sinks_gradient, query);
+  Tensor query_gradient = new_projection(query), key_gradient = new_projection(arguments.key);
+  Tensor value_gradient = new_projection(arguments.value);
+  Tensor bias_gradient = new_sum(arguments.bias, upstream.needs_bias_gradient, query);
+  Tensor sinks_gradient = new_sum(arguments.sinks, upstream.needs_sinks_gradient, query);
   if (arguments.batch_size() == 0) {
     torch::stable::zero_(bias_gradient);
     torch::stable::zero_(sinks_gradient);
-  } else {
-    void* stream = current_stream(query);
-    const Tensor output_rows = make_rows_dense_on_device(output), output_gradient_rows = make_rows_dense_on_device(output_gradient);
-    const Tensor dense_logsumexp = make_contiguous_on_device(logsumexp, ScalarType::Float);
-    MaybeTensor dense_logsumexp_gradient;
-    if (logsumexp_gradient) dense_logsumexp_gradient = make_contiguous_on_device(*logsumexp_gradient, ScalarType::Float);
-    const Tensor origins = new_rows_of_floats(arguments), deltas = new_rows_of_floats(arguments);
-    const PreparedCall prepared(arguments, stream);
-    const DeviceCall call = prepared.with_results(output_rows, dense_logsumexp);
-    DeviceGradients gradients{};
-    gradients.output_gradient = describe_on_device(output_gradient_rows);
-    if (dense_logsumexp_gradient) gradients.logsumexp_gradient = floats_of(*dense_logsumexp_gradient);
-    gradients.query = describe_on_device(query_gradient);
-    gradients.key = describe_on_device(key_gradient);
-    gradients.value = describe_on_device(value_gradient);
-    gradients.origins = floats_of(origins);
-    gradients.deltas = floats_of(deltas);
-    check_launch(launch_prepare_backward(call, gradients, stream), "Preparing the gradients of attention");
-    check_launch(launch_backward(call, gradients, prepared.card(), stream), "The gradients of attention");
-    if (bias_gradient.numel() > 0) {
-      gradients.bias = floats_of(bias_gradient);
-      gradients.bias_batch_size = static_cast<int32_t>(bias->size(0));
-      gradients.bias_num_heads = static_cast<int32_t>(bias->size(1));
-      gradients.bias_num_queries = static_cast<int32_t>(bias->size(2));
-      check_launch(launch_bias_gradient(call, gradients, prepared.card(), stream), "The gradient of bias");
-    }
-    if (sinks_gradient.numel() > 0) {
-      gradients.sinks = floats_of(sinks_gradient);
-      check_launch(launch_sinks_gradient(call, gradients, stream), "The gradient of sinks");
-    }
+    return {query_gradient, key_gradient, value_gradient, bias_gradient, sinks_gradient};
   }
-  if (bias) bias_gradient = torch::stable::to(bias_gradient, bias->scalar_type());
-  if (sinks) sinks_gradient = torch::stable::to(sinks_gradient, sinks->scalar_type());
+  void* stream = current_stream(query);
+  const Tensor output_rows = make_rows_dense_on_device(upstream.output);
+  const Tensor output_gradient_rows = make_rows_dense_on_device(upstream.output_gradient);
+  const Tensor logsumexp = make_contiguous_on_device(upstream.logsumexp, ScalarType::Float);
+  MaybeTensor logsumexp_gradient;
+  if (upstream.logsumexp_gradient) {
+    logsumexp_gradient = make_contiguous_on_device(*upstream.logsumexp_gradient, ScalarType::Float);
+  }
+  const Tensor origins = new_rows_of_floats(arguments), deltas = new_rows_of_floats(arguments);
+  const PreparedCall prepared(arguments, stream);
+  const DeviceCall call = prepared.with_results(output_rows, logsumexp);
+  DeviceGradients gradients{};
+  gradients.output_gradient = describe_on_device(output_gradient_rows);
+  if (logsumexp_gradient) gradients.logsumexp_gradient = floats_of(*logsumexp_gradient);
+  gradients.query = describe_on_device(query_gradient);
+  gradients.key = describe_on_device(key_gradient);
+  gradients.value = describe_on_device(value_gradient);
+  gradients.origins = floats_of(origins);
+  gradients.deltas = floats_of(deltas);
+  check_launch(launch_prepare_backward(call, gradients, stream), "Preparing the gradients of attention");
+  check_launch(launch_backward(call, gradients, prepared.card(), stream), "The gradients of attention");
+  if (bias_gradient.numel() > 0) {
+    gradients.bias = floats_of(bias_gradient);
+    gradients.bias_batch_size = static_cast<int32_t>(bias_gradient.size(0));
+    gradients.bias_num_heads = static_cast<int32_t>(bias_gradient.size(1));
+    gradients.bias_num_queries = static_cast<int32_t>(bias_gradient.size(2));
+    check_launch(launch_bias_gradient(call, gradients, prepared.card(), stream), "The gradient of bias");
+  }
+  if (sinks_gradient.numel() > 0) {
+    gradients.sinks = floats_of(sinks_gradient);
+    check_launch(launch_sinks_gradient(call, gradients, stream), "The gradient of sinks");
+  }
   return {query_gradient, key_gradient, value_gradient, bias_gradient, sinks_gradient};
 }
 

@@ -99,7 +99,9 @@ class BackwardBlock {
   }
 
   // With keys as rows, the steps pass over the queries of all heads that share them.
-  LMOPT_DEVICE int head_of(int step) const { return kRowsAreKeys ? first_head_ + step / blocks_of_inner_ : first_head_; }
+  LMOPT_DEVICE int head_of(int step) const {
+    return kRowsAreKeys ? first_head_ + step / blocks_of_inner_ : first_head_;
+  }
   LMOPT_DEVICE int first_inner_of(int step) const {
     return (kRowsAreKeys ? step % blocks_of_inner_ : step) * kInnerRows;
   }
@@ -123,10 +125,7 @@ class BackwardBlock {
   template <class Copy, class AnyTile>
   LMOPT_DEVICE void begin_keys(Copy& copy, const AnyTile& tile, const DeviceTensor& tensor, int first_key) const {
     const HeadRows<T> rows = rows_of_head<T>(tensor, forget_origin(batch_), key_head_, call_.head_size);
-    copy.begin(tile, rows, thread_, [&](int row) -> int64_t {
-      const int key = first_key + row;
-      return is_seen(keys_seen_, key, call_.num_keys) ? rows.offset_of(key) : -1;
-    });
+    copy.begin(tile, rows, thread_, offsets_of_keys(rows, keys_seen_, first_key, call_.num_keys));
   }
 
   // Rows of query or output gradient, of those that see anything.
@@ -135,12 +134,7 @@ class BackwardBlock {
       Copy& copy, const AnyTile& tile, const DeviceTensor& tensor, int head, int first_query) const {
     const int batch = forget_origin(batch_);
     const HeadRows<T> rows = rows_of_head<T>(tensor, batch, head, call_.head_size);
-    copy.begin(tile, rows, thread_, [&](int row) -> int64_t {
-      const int query = first_query + row;
-      const bool counts =
-          query < call_.num_queries && !keys_seen_by(call_.visibility, batch, head, query).is_empty();
-      return counts ? rows.offset_of(query) : -1;
-    });
+    copy.begin(tile, rows, thread_, offsets_of_queries(rows, call_, batch, head, first_query));
   }
 
   LMOPT_DEVICE void load_outer() {

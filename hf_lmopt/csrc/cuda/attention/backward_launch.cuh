@@ -53,7 +53,8 @@ int launch_bias_gradient_of(
     const DeviceCall& call, const DeviceGradients& gradients, const Card& card, void* stream) {
   return with_head_size(call.head_size, [&](auto head_size) -> int {
     const BackwardShape shape = bias_gradient_shape(head_size, card.generation());
-    const int64_t num_query_blocks = (gradients.bias_num_queries + shape.num_outer_rows() - 1) / shape.num_outer_rows();
+    const int num_rows = shape.num_outer_rows();
+    const int64_t num_query_blocks = (gradients.bias_num_queries + num_rows - 1) / num_rows;
     const int64_t num_key_blocks = (call.num_keys + shape.num_inner_rows - 1) / shape.num_inner_rows;
     const int64_t num_entries = static_cast<int64_t>(gradients.bias_batch_size) * gradients.bias_num_heads;
     const dim3 grid(static_cast<unsigned>(num_entries * num_query_blocks * num_key_blocks));

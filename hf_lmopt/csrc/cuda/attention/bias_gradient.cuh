@@ -80,21 +80,13 @@ class BiasGradientBlock {
     const auto load_queries = [&](const QueryTile& tile, const DeviceTensor& tensor) {
       const HeadRows<T> rows = rows_of_head<T>(tensor, batch, head, call_.head_size);
       TileCopy<T, QueryTile, kThreads> copy;
-      copy.begin(tile, rows, thread_, [&](int row) -> int64_t {
-        const int query = first_query + row;
-        const bool counts =
-            query < call_.num_queries && !keys_seen_by(call_.visibility, batch, head, query).is_empty();
-        return counts ? rows.offset_of(query) : -1;
-      });
+      copy.begin(tile, rows, thread_, offsets_of_queries(rows, call_, batch, head, first_query));
       copy.finish(tile, thread_);
     };
     const auto load_keys = [&](const KeyTile& tile, const DeviceTensor& tensor) {
       const HeadRows<T> rows = rows_of_head<T>(tensor, batch, key_head, call_.head_size);
       TileCopy<T, KeyTile, kThreads> copy;
-      copy.begin(tile, rows, thread_, [&](int row) -> int64_t {
-        const int key = first_key_ + row;
-        return is_seen(keys_seen, key, call_.num_keys) ? rows.offset_of(key) : -1;
-      });
+      copy.begin(tile, rows, thread_, offsets_of_keys(rows, keys_seen, first_key_, call_.num_keys));
       copy.finish(tile, thread_);
     };
     load_queries(queries_, call_.query);

@@ -37,6 +37,10 @@ struct BlockInterval {
   int32_t first_of_any, end_of_any, first_of_all, end_of_all;
 };
 
+struct QueryPlace {
+  int64_t batch, head, query;
+};
+
 struct DeviceCall {
   ElementType type;
   int32_t batch_size, num_heads, num_key_heads, num_queries, num_keys, head_size;
@@ -50,6 +54,27 @@ struct DeviceCall {
   // Either intervals or a map, which then has all in it; neither where all see all.
   Visibility visibility;
   const BlockInterval* block_intervals;  // [query blocks], with the intervals
+
+  // Of the rows [B, Hq, Lq].
+  LMOPT_ALWAYS_INLINE int64_t num_rows() const {
+    return static_cast<int64_t>(batch_size) * num_heads * num_queries;
+  }
+
+  LMOPT_ALWAYS_INLINE int64_t row_of(int64_t batch, int64_t head, int64_t query) const {
+    return (batch * num_heads + head) * num_queries + query;
+  }
+
+  // Divisions of 64 bits take several times as long, and are needed for few.
+  LMOPT_ALWAYS_INLINE QueryPlace place_of(int64_t row) const {
+    const auto narrow = static_cast<uint32_t>(row);
+    return narrow == row ? divide<uint32_t>(narrow) : divide<int64_t>(row);
+  }
+
+  template <class Integer>
+  LMOPT_ALWAYS_INLINE QueryPlace divide(Integer row) const {
+    const auto heads = static_cast<Integer>(num_heads), queries = static_cast<Integer>(num_queries);
+    return {row / queries / heads, row / queries % heads, row % queries};
+  }
 };
 
 // Of the forward pass that splits the keys: each part's output and logsumexp, to be combined.

@@ -44,10 +44,7 @@ class ForwardBlock {
     const HeadRows<T> value_rows = rows_of_head<T>(call_.value, batch_, key_head_, call_.head_size);
     TileCopy<T, KeyTile, kThreads> copy_keys, copy_values;
     const auto offsets_in = [&](const HeadRows<T>& rows, int step) {
-      return [=](int row) -> int64_t {
-        const int key = step * kKeys + row;
-        return is_seen(keys_seen_, key, call_.num_keys) ? rows.offset_of(key) : -1;
-      };
+      return offsets_of_keys(rows, keys_seen_, step * kKeys, call_.num_keys);
     };
     load_queries();
     int step = find_step(first_step_);
@@ -274,11 +271,10 @@ class ForwardBlock {
   }
 
   LMOPT_DEVICE void store_row(int tile, int half, const Place& place, float scale, float logsumexp) {
-    const int64_t row = (static_cast<int64_t>(batch_) * call_.num_heads + place.head) * call_.num_queries + place.query;
+    const int64_t row = call_.row_of(batch_, place.head, place.query);
     const bool writes_sum = place.query >= 0 && (lane_ & 3) == 0;
     if constexpr (kSplitsKeys) {
-      const int64_t num_rows = static_cast<int64_t>(call_.batch_size) * call_.num_heads * call_.num_queries;
-      const int64_t row_of_split = blockIdx.y * num_rows + row;
+      const int64_t row_of_split = blockIdx.y * call_.num_rows() + row;
       if (writes_sum) split_.logsumexp[row_of_split] = logsumexp;
       if (place.query < 0) return;
       float* output = split_.output + row_of_split * call_.head_size;

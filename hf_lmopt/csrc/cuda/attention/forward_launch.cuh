@@ -17,7 +17,8 @@ int launch_forward_of(const DeviceCall& call, const SplitKeys& split, const Card
     const int num_heads = kSplitsKeys ? call.num_key_heads : call.num_heads;
     const int64_t num_rows = static_cast<int64_t>(call.num_heads) / num_heads * call.num_queries;
     const int64_t num_row_blocks = (num_rows + shape.num_rows() - 1) / shape.num_rows();
-    const dim3 grid(static_cast<unsigned>(num_row_blocks * num_heads * call.batch_size), kSplitsKeys ? split.num_splits : 1);
+    const auto num_blocks = static_cast<unsigned>(num_row_blocks * num_heads * call.batch_size);
+    const dim3 grid(num_blocks, kSplitsKeys ? split.num_splits : 1);
     return launch_kernel(
         &attention_forward_kernel<T, head_size, kSplitsKeys>, grid, shape.num_threads(), shape.shared_bytes(head_size),
         stream, call, split);

@@ -30,12 +30,11 @@ LMOPT_DEVICE BFloat16 round_to<BFloat16>(float number) {
 template <class T>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize)
     combine_kernel(const DeviceCall call, const SplitKeys split) {
-  const int64_t num_rows = static_cast<int64_t>(call.batch_size) * call.num_heads * call.num_queries;
+  const int64_t num_rows = call.num_rows();
   const int64_t row = blockIdx.x * static_cast<int64_t>(kWarpsPerBlock) + threadIdx.x / kWarpSize;
   if (row >= num_rows) return;
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t query = row % call.num_queries, head = row / call.num_queries % call.num_heads;
-  const int64_t batch = row / call.num_queries / call.num_heads;
+  const auto [batch, head, query] = call.place_of(row);
   const float sink = call.sinks == nullptr ? -kInfinity : call.sinks[head];
   float largest = sink;
   for (int part = 0; part < split.num_splits; ++part) {
@@ -112,8 +111,7 @@ int launch_forward_split(const DeviceCall& call, const SplitKeys& split, const C
 }
 
 int launch_combine(const DeviceCall& call, const SplitKeys& split, void* stream) {
-  const int64_t num_rows = static_cast<int64_t>(call.batch_size) * call.num_heads * call.num_queries;
-  const dim3 grid(static_cast<unsigned>((num_rows + kWarpsPerBlock - 1) / kWarpsPerBlock));
+  const dim3 grid(static_cast<unsigned>((call.num_rows() + kWarpsPerBlock - 1) / kWarpsPerBlock));
   const auto kernel = call.type == ElementType::float16 ? &combine_kernel<Half> : &combine_kernel<BFloat16>;
   return launch_kernel(kernel, grid, kWarpsPerBlock * kWarpSize, 0, stream, call, split);
 }

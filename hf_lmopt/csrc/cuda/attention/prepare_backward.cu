@@ -21,15 +21,13 @@ LMOPT_DEVICE float sum_over_warp(float value) {
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     prepare_backward_kernel(const DeviceCall call, const DeviceGradients gradients) {
-  const int64_t num_rows = static_cast<int64_t>(call.batch_size) * call.num_heads * call.num_queries;
   const int64_t row = blockIdx.x * static_cast<int64_t>(kWarpsPerBlock) + threadIdx.x / kWarpSize;
-  if (row >= num_rows) return;
+  if (row >= call.num_rows()) return;
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t query = row % call.num_queries, head = row / call.num_queries % call.num_heads;
-  const int64_t batch = row / call.num_queries / call.num_heads;
+  const QueryPlace place = call.place_of(row);
   const auto row_of = [&](const DeviceTensor& tensor) {
-    return static_cast<const T*>(tensor.data) + batch * tensor.batch_stride + head * tensor.head_stride +
-        query * tensor.row_stride;
+    return static_cast<const T*>(tensor.data) + place.batch * tensor.batch_stride +
+        place.head * tensor.head_stride + place.query * tensor.row_stride;
   };
   const T *output = row_of(call.output), *output_gradient = row_of(gradients.output_gradient);
   float sum = 0;
@@ -49,13 +47,14 @@ __global__ void __launch_bounds__(kThreads)
 
 // A block of threads for each head, which adds in the same order each time. A sink's weight times its gradient, which
 // is that of a key with a value of 0.
-__global__ void __launch_bounds__(kThreads) sinks_gradient_kernel(const DeviceCall call, const DeviceGradients gradients) {
+__global__ void __launch_bounds__(kThreads)
+    sinks_gradient_kernel(const DeviceCall call, const DeviceGradients gradients) {
   __shared__ float sums[kWarpsPerBlock];
   const int64_t head = blockIdx.x, num_rows = static_cast<int64_t>(call.batch_size) * call.num_queries;
   const bool has_scores = needs_scores(call);
   float sum = 0;
   for (int64_t i = threadIdx.x; i < num_rows; i += kThreads) {
-    const int64_t row = (i / call.num_queries * call.num_heads + head) * call.num_queries + i % call.num_queries;
+    const int64_t row = call.row_of(i / call.num_queries, head, i % call.num_queries);
     const float origin = gradients.origins[row];
     const float exponent = exponent_above(has_scores, call.sinks[head], kLog2E, origin);
     if (origin != kInfinity) sum -= exp2_approximately(exponent) * gradients.deltas[row];
@@ -71,8 +70,7 @@ __global__ void __launch_bounds__(kThreads) sinks_gradient_kernel(const DeviceCa
 }  // namespace
 
 int launch_prepare_backward(const DeviceCall& call, const DeviceGradients& gradients, void* stream) {
-  const int64_t num_rows = static_cast<int64_t>(call.batch_size) * call.num_heads * call.num_queries;
-  const dim3 grid(static_cast<unsigned>((num_rows + kWarpsPerBlock - 1) / kWarpsPerBlock));
+  const dim3 grid(static_cast<unsigned>((call.num_rows() + kWarpsPerBlock - 1) / kWarpsPerBlock));
   const auto kernel =
       call.type == ElementType::float16 ? &prepare_backward_kernel<Half> : &prepare_backward_kernel<BFloat16>;
   return launch_kernel(kernel, grid, kThreads, 0, stream, call, gradients);

@@ -45,9 +45,7 @@ DeviceTensor describe_on_device(const Tensor& tensor) {
 }
 
 Tensor make_rows_dense_on_device(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  const bool is_dense = tensor.size(last) <= 1 || tensor.stride(last) == 1;
-  return is_dense ? tensor : make_contiguous_on_device(tensor, tensor.scalar_type());
+  return has_dense_rows(tensor) ? tensor : make_contiguous_on_device(tensor, tensor.scalar_type());
 }
 
 Tensor new_projection(const Tensor& like) {
@@ -102,7 +100,8 @@ void PreparedCall::check_card() const {
       type == ScalarType::Half || type == ScalarType::BFloat16, "query is of type float32 on a GPU. There the compiled ",
       "attention multiplies float16 and bfloat16 alone. Train under autocast (fp16=True or bf16=True), or use ",
       "attn_implementation='sdpa'.");
-  const auto capability = std::to_string(card_.compute_capability / 10) + "." + std::to_string(card_.compute_capability % 10);
+  const int major = card_.compute_capability / 10, minor = card_.compute_capability % 10;
+  const auto capability = std::to_string(major) + "." + std::to_string(minor);
   STD_TORCH_CHECK(
       type == ScalarType::Half || card_.generation() != Generation::turing, "query is of type bfloat16, on a GPU of ",
       "compute capability ", capability, " that runs code for Turing. Its tensor cores multiply float16 alone. Train ",

@@ -92,13 +92,6 @@ LMOPT_DEVICE float to_float(Half number) { return __half2float(number); }
 LMOPT_DEVICE float to_float(BFloat16 number) { return __bfloat162float(number); }
 LMOPT_DEVICE float to_float(float number) { return number; }
 
-// Both numbers of a register.
-template <class T>
-LMOPT_DEVICE float2 unpack(uint32_t pair) {
-  const T* numbers = reinterpret_cast<const T*>(&pair);
-  return make_float2(to_float(numbers[0]), to_float(numbers[1]));
-}
-
 // sums += left * right, over 16 of the dimension that is summed over.
 template <class T>
 LMOPT_DEVICE void multiply_add(Sums& sums, const LeftFactor& left, uint32_t right0, uint32_t right1) {

@@ -22,7 +22,7 @@ struct QueryFacts {
 LMOPT_DEVICE QueryFacts load_facts(
     const DeviceCall& call, const DeviceGradients& gradients, int64_t batch, int64_t head, int query) {
   if (query >= call.num_queries) return {kInfinity, 0};
-  const int64_t row = (batch * call.num_heads + head) * call.num_queries + query;
+  const int64_t row = call.row_of(batch, head, query);
   return {gradients.origins[row], gradients.deltas[row]};
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/attention/call.h"
-#include "cuda/attention/primitives.cuh"
+#include "cuda/attention/tile.cuh"
 
 namespace lmopt {
 namespace cuda {
@@ -40,6 +40,26 @@ LMOPT_DEVICE SeenKeys keys_seen_by(const Visibility& seen, int64_t batch, int64_
 // Not seen rows of key and value may hold NaN.
 LMOPT_DEVICE bool is_seen(const uint8_t* keys_seen, int key, int num_keys) {
   return key < num_keys && (keys_seen == nullptr || keys_seen[key] != 0);
+}
+
+// For TileCopy: where rows of key or value lie, from `first_key` on; of those that are seen.
+template <class T>
+LMOPT_DEVICE auto offsets_of_keys(const HeadRows<T>& rows, const uint8_t* keys_seen, int first_key, int num_keys) {
+  return [=](int row) -> int64_t {
+    const int key = first_key + row;
+    return is_seen(keys_seen, key, num_keys) ? rows.offset_of(key) : -1;
+  };
+}
+
+// The same of query or output gradient; of those that see anything.
+template <class T>
+LMOPT_DEVICE auto offsets_of_queries(
+    const HeadRows<T>& rows, const DeviceCall& call, int batch, int head, int first_query) {
+  return [=, &call](int row) -> int64_t {
+    const int query = first_query + row;
+    const bool counts = query < call.num_queries && !keys_seen_by(call.visibility, batch, head, query).is_empty();
+    return counts ? rows.offset_of(query) : -1;
+  };
 }
 
 LMOPT_DEVICE BlockState state_by_interval(const BlockInterval& interval, int first_key, int end_key) {

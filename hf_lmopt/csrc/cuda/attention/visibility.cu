@@ -182,7 +182,9 @@ __global__ void __launch_bounds__(kThreads) seeing_queries_kernel(
   }
 }
 
-unsigned num_thread_blocks(int64_t num_threads) { return static_cast<unsigned>((num_threads + kThreads - 1) / kThreads); }
+unsigned num_thread_blocks(int64_t num_threads) {
+  return static_cast<unsigned>((num_threads + kThreads - 1) / kThreads);
+}
 
 }  // namespace
 
@@ -198,7 +200,8 @@ int build_intervals(const VisibilityRules& rules, const IntervalResults& results
 
 int build_map(const DeviceMask& mask, const VisibilityRules& rules, const MapResults& results, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  const int64_t num_rows = static_cast<int64_t>(mask.batch_size) * mask.num_heads * num_attention_blocks(rules.num_queries);
+  const int64_t num_entries = static_cast<int64_t>(mask.batch_size) * mask.num_heads;
+  const int64_t num_rows = num_entries * num_attention_blocks(rules.num_queries);
   map_kernel<<<static_cast<unsigned>(num_rows * num_attention_blocks(rules.num_keys)), kThreads, 0, on>>>(
       mask, rules, results);
   if (results.is_key_seen != nullptr) {
