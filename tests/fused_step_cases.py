@@ -219,3 +219,40 @@ CODEBOOKS = {
         [-torch.logspace(0, -12, 128) if signed else torch.logspace(-13, -12.5, 128), torch.logspace(-12, 0, 128)]
     ),
 }
+
+
+class QuantizedStates:
+    """8-bit states of a rule between sentinels, as bitsandbytes makes them of `states`."""
+
+    def __init__(
+        self, case: RuleCase, states: list[list[torch.Tensor]], codebook: Callable[[bool], torch.Tensor]
+    ) -> None:
+        self.signs = case.state_signs
+        self.codebooks = [codebook(sign == "s") for sign in self.signs]
+        quantized = [[quantize(s, book) for s in row] for row, book in zip(states, self.codebooks, strict=True)]
+        self.codes = [Buffer([codes for codes, _ in row], torch.uint8) for row in quantized]
+        self.absmax = [Buffer([absmax for _, absmax in row], torch.float32) for row in quantized]
+
+    @property
+    def maxima(self) -> list[torch.Tensor]:
+        return [view for buffer in self.absmax for view in buffer.views]
+
+    def decode(self) -> list[list[torch.Tensor]]:
+        rows = zip(self.codes, self.absmax, self.codebooks, strict=True)
+        return [[dequantize(*pair, book) for pair in zip(c.views, a.views, strict=True)] for c, a, book in rows]
+
+    def assert_nearest(self, expected: list[list[torch.Tensor]]) -> None:
+        """Each entry is the nearest one to the new state, up to the rounding of that state itself."""
+        for buffer in (*self.codes, *self.absmax):
+            buffer.assert_sentinels_stand()
+        for k, row in enumerate(self.decode()):
+            for i, state in enumerate(row):
+                exact = expected[k][i]
+                theirs_codes, theirs_absmax = quantize(exact.float(), self.codebooks[k])
+                torch.testing.assert_close(self.absmax[k].views[i], theirs_absmax, rtol=2e-6, atol=0)
+                if self.signs[k] == "u":  # what is not 0 stays so
+                    assert ((state > 0) == (exact > 0)).all()
+                    theirs_codes = torch.maximum(theirs_codes, (exact > 0).to(torch.uint8))
+                theirs = dequantize(theirs_codes, theirs_absmax, self.codebooks[k])
+                slack = 2e-6 * exact.abs().max()
+                assert ((state - exact).abs() <= (theirs - exact).abs() + slack).all()

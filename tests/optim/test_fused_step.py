@@ -18,9 +18,9 @@ from fused_step_cases import (
     RULES,
     Buffer,
     Problem,
+    QuantizedStates,
     RuleCase,
     assert_near,
-    dequantize,
     fused_step_,
     plain_gradient,
     quantize,
@@ -104,35 +104,14 @@ def test_8_bit_states_are_the_nearest_entries_as_in_bitsandbytes(
     case: RuleCase, codebook: Callable[[bool], torch.Tensor], dtype: torch.dtype
 ) -> None:
     drawn = Problem.random(case, sizes=(1, 256, 257, 1023, 5000))
-    codebooks = [codebook(sign == "s") for sign in case.state_signs]
-    rows = zip(drawn.states, codebooks, strict=True)
-    quantized = [[quantize(state, book) for state in row] for row, book in rows]
-    codes = [Buffer([codes for codes, _ in row], torch.uint8) for row in quantized]
-    absmax = [Buffer([absmax for _, absmax in row], torch.float32) for row in quantized]
-    problem = Problem([p.to(dtype) for p in drawn.parameters], drawn.gradients, [buffer.views for buffer in codes])
-
-    def decoded_states() -> list[list[torch.Tensor]]:
-        rows = zip(codes, absmax, codebooks, strict=True)
-        return [[dequantize(*pair, book) for pair in zip(c.views, a.views, strict=True)] for c, a, book in rows]
-
-    decoded = Problem(problem.parameters, problem.gradients, decoded_states())
+    states = QuantizedStates(case, drawn.states, codebook)
+    parameters = [parameter.to(dtype) for parameter in drawn.parameters]
+    problem = Problem(parameters, drawn.gradients, [buffer.views for buffer in states.codes])
+    decoded = Problem(problem.parameters, problem.gradients, states.decode())
     expected = reference_step(case, decoded, **MODIFIERS["all"])
-    fused_step_(case, problem, [view for b in absmax for view in b.views], codebooks, **MODIFIERS["all"])
+    fused_step_(case, problem, states.maxima, states.codebooks, **MODIFIERS["all"])
     assert_near(problem.parameters, expected.parameters)
-    for buffer in (*codes, *absmax):
-        buffer.assert_sentinels_stand()
-    for k, row in enumerate(decoded_states()):
-        for i, state in enumerate(row):
-            exact = expected.states[k][i]
-            theirs_codes, theirs_absmax = quantize(exact.float(), codebooks[k])
-            torch.testing.assert_close(absmax[k].views[i], theirs_absmax, rtol=2e-6, atol=0)
-            if case.state_signs[k] == "u":  # what is not 0 stays so
-                assert ((state > 0) == (exact > 0)).all()
-                theirs_codes = torch.maximum(theirs_codes, (exact > 0).to(torch.uint8))
-            theirs = dequantize(theirs_codes, theirs_absmax, codebooks[k])
-            # The nearest entry, up to the rounding of the new state itself.
-            slack = 2e-6 * exact.abs().max()
-            assert ((state - exact).abs() <= (theirs - exact).abs() + slack).all()
+    states.assert_nearest(expected.states)
 
 
 def test_blocks_of_zeros_stay_zero_and_finite() -> None:

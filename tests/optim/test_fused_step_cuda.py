@@ -24,6 +24,7 @@ from fused_step_cases import (
     RULES,
     Buffer,
     Problem,
+    QuantizedStates,
     RuleCase,
     assert_near,
     dequantize,
@@ -121,35 +122,12 @@ def test_8_bit_states_are_the_nearest_entries_as_in_bitsandbytes(
     case: RuleCase, card: str, codebook: Callable[[bool], torch.Tensor]
 ) -> None:
     drawn = Problem.random(case, sizes=(1, 257, 1300))
-    codebooks = [codebook(sign == "s") for sign in case.state_signs]
-    rows = zip(drawn.states, codebooks, strict=True)
-    quantized = [[quantize(state, book) for state in row] for row, book in rows]
-    codes = [Buffer([codes for codes, _ in row], torch.uint8) for row in quantized]
-    absmax = [Buffer([absmax for _, absmax in row], torch.float32) for row in quantized]
-    problem = Problem(drawn.parameters, drawn.gradients, [buffer.views for buffer in codes])
-
-    def decoded_states() -> list[list[torch.Tensor]]:
-        rows = zip(codes, absmax, codebooks, strict=True)
-        return [[dequantize(*pair, book) for pair in zip(c.views, a.views, strict=True)] for c, a, book in rows]
-
-    expected = reference_step(case, Problem(problem.parameters, problem.gradients, decoded_states()))
-    maxima = [view for buffer in absmax for view in buffer.views]
-    assert run_step(case, problem, maxima, codebooks, card).problems == []
+    states = QuantizedStates(case, drawn.states, codebook)
+    problem = Problem(drawn.parameters, drawn.gradients, [buffer.views for buffer in states.codes])
+    expected = reference_step(case, Problem(problem.parameters, problem.gradients, states.decode()))
+    assert run_step(case, problem, states.maxima, states.codebooks, card).problems == []
     assert_near(problem.parameters, expected.parameters)
-    for buffer in (*codes, *absmax):
-        buffer.assert_sentinels_stand()
-    for k, row in enumerate(decoded_states()):
-        for i, state in enumerate(row):
-            exact = expected.states[k][i]
-            theirs_codes, theirs_absmax = quantize(exact.float(), codebooks[k])
-            torch.testing.assert_close(absmax[k].views[i], theirs_absmax, rtol=2e-6, atol=0)
-            if case.state_signs[k] == "u":  # what is not 0 stays so
-                assert ((state > 0) == (exact > 0)).all()
-                theirs_codes = torch.maximum(theirs_codes, (exact > 0).to(torch.uint8))
-            theirs = dequantize(theirs_codes, theirs_absmax, codebooks[k])
-            # The nearest entry, up to the rounding of the new state itself.
-            slack = 2e-6 * exact.abs().max()
-            assert ((state - exact).abs() <= (theirs - exact).abs() + slack).all()
+    states.assert_nearest(expected.states)
 
 
 def test_parameters_with_float32_and_8_bit_states_share_a_call() -> None:
